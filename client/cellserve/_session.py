@@ -1,0 +1,272 @@
+"""A session as its user sees it: steps it, and does with its state what can be done with a state."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from types import TracebackType
+from typing import Self
+
+from google.protobuf.message import DecodeError
+
+from cellserve._attachment import Attachment
+from cellserve._deadline import Timeout
+from cellserve._generation import AsyncGeneration, make_generate_request
+from cellserve._info import ModelInfo
+from cellserve._outputs import At
+from cellserve._results import StepResult
+from cellserve._steps import step_in_turn
+from cellserve._tokens import Tokens, Vectors
+from cellserve.errors import CellserveError, SessionLost, SessionNotFound, StateMismatch
+from cellserve.v1.session_service_pb2 import (
+    CloseSessionRequest,
+    ExportSessionRequest,
+    ForkSessionRequest,
+    ImportSessionRequest,
+)
+from cellserve.v1.values_pb2 import SessionState
+
+__all__ = ["AsyncSession"]
+
+
+class AsyncSession:
+    """One session of a client: its state lives on the server, its position is known here.
+
+    Comes from AsyncClient.session, open_session, open_sessions, or fork. Calls on it take effect in the order
+    made; steps need not wait for each other's answers. Leaving its `async with` closes it, or detaches from
+    it where it is kept.
+    """
+
+    def __init__(self, attachment: Attachment, *, keep: bool, created: bool) -> None:
+        self._attachment = attachment
+        self._hub = attachment.hub
+        self._model = attachment.model
+        self._ledger = attachment.ledger
+        self._loop = attachment.loop
+        self._keep = keep
+        self._created = created
+        if not keep:
+            self._hub.remember(self)
+
+    @property
+    def id(self) -> str:
+        """The session's id, under which it can be attached again."""
+        return self._ledger.session_id
+
+    @property
+    def model(self) -> ModelInfo:
+        """The session's model."""
+        return self._model.info
+
+    @property
+    def position(self) -> int:
+        """How many tokens the session has consumed, as far as answers have come."""
+        return self._ledger.position
+
+    @property
+    def epoch(self) -> int:
+        """A number that grows with every attach, reset and import."""
+        return self._ledger.epoch
+
+    @property
+    def created(self) -> bool:
+        """Whether the session was created, or an existing one attached."""
+        return self._created
+
+    @property
+    def durable_position(self) -> int | None:
+        """The newest position known to be safe in the server's state store; None without one."""
+        return self._ledger.durable_position
+
+    async def step(
+        self,
+        tokens: Tokens | Vectors,
+        *,
+        at: At = "every",
+        next_token: bool | None = None,
+        top_k: int = 0,
+        logprobs: bool = False,
+        outputs: bool | None = None,
+        states: bool = False,
+        gates: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> StepResult:
+        """Consume tokens, and return what was asked for after every one of them, the last, or none.
+
+        tokens: for a model of tokens one id, a sequence or (n,) array of ids, or bytes where there are 256
+        tokens; for a model of vectors an (n, input_size) array of floats. By default a model of tokens gives
+        next_token and a model of vectors outputs. If the call is cancelled or times out before its first
+        token has run, it is withdrawn; otherwise it finishes on the server, and the next call begins where it
+        ends.
+
+        Raises InvalidInput, OutputUnsupported, TimedOut, and what else can befall a session; TypeError and
+        ValueError for tokens that can never be right.
+        """
+        model = self._model
+        wishes = (at, next_token, top_k, logprobs, outputs, states, gates)
+        spec = model.specs.get(wishes) or model.output_spec(wishes)
+        column = model.read_tokens(tokens)
+        count = 1 if isinstance(column, int) else len(column)
+        timeout = self._hub.default_timeout if timeout_seconds is None else Timeout(timeout_seconds)
+        deadline = self._loop.time() + timeout.seconds
+        ledger, conversation = self._ledger, self._attachment.conversation
+        handle = ledger.handle
+        if (
+            not ledger.ready
+            or handle is None
+            or conversation is None
+            or count > model.max_run_tokens
+            or ledger.next_position + count > ledger.position + model.max_pending_tokens
+        ):
+            return await step_in_turn(self._attachment, spec, column, count, timeout, deadline)
+        run = conversation.send_run(ledger, handle, spec, column, count, timeout, deadline)
+        try:
+            return await run.answer
+        except asyncio.CancelledError:
+            conversation.give_up(run)
+            raise
+
+    async def fork(
+        self,
+        id: str | None = None,  # noqa: A002
+        *,
+        keep: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> AsyncSession:
+        """Make an independent copy of the session, under this id or one that the server makes.
+
+        It closes with the client unless closed before, or kept. Raises SessionExists, SessionLimit, Draining.
+        """
+        timeout, deadline = self._timeout_and_deadline(timeout_seconds)
+        transport = self._hub.transport
+        request = ForkSessionRequest(request_id=uuid.uuid4().hex, session_id=self.id, fork_session_id=id or "")
+        async with self._attachment.turn("fork", deadline):
+            await self._attachment.until_quiet(deadline)
+            response = await transport.call(transport.sessions.ForkSession, request, timeout.seconds, self.id)
+        # It is attached with its first step: to generate or to export needs no stream.
+        attachment = Attachment(self._hub, self._model, response.session_id)
+        attachment.ledger.stand_at(response.epoch, response.position)
+        return AsyncSession(attachment, keep=keep, created=True)
+
+    async def export_state(self, *, timeout_seconds: float | None = None) -> bytes:
+        """The session's state as a serialized SessionState, to be imported here or on another server of the model."""
+        timeout, deadline = self._timeout_and_deadline(timeout_seconds)
+        transport = self._hub.transport
+        request = ExportSessionRequest(session_id=self.id)
+        async with self._attachment.turn("export_state", deadline):
+            await self._attachment.until_quiet(deadline)
+            response = await transport.call(transport.sessions.ExportSession, request, timeout.seconds, self.id)
+        return response.state.SerializeToString()
+
+    async def import_state(self, state: bytes, *, timeout_seconds: float | None = None) -> None:
+        """Replace the session's state, and its position, by an exported one. Raises StateMismatch."""
+        timeout, deadline = self._timeout_and_deadline(timeout_seconds)
+        transport = self._hub.transport
+        try:
+            message = SessionState.FromString(state)
+        except DecodeError:
+            raise StateMismatch("this is no exported state", session_id=self.id) from None
+        request = ImportSessionRequest(request_id=uuid.uuid4().hex, session_id=self.id, state=message)
+        async with self._attachment.turn("import_state", deadline):
+            await self._attachment.until_quiet(deadline)
+            # The import makes the handle stale. Should its outcome stay in doubt, the next attach tells the
+            # position.
+            self._attachment.release()
+            self._ledger.adopts_position = True
+            response = await transport.call(transport.sessions.ImportSession, request, timeout.seconds, self.id)
+            self._ledger.stand_at(response.epoch, response.position)
+
+    async def reset(self, *, timeout_seconds: float | None = None) -> None:
+        """Set the state to zero, and the position to 0."""
+        _, deadline = self._timeout_and_deadline(timeout_seconds)
+        async with self._attachment.turn("reset", deadline):
+            await self._attachment.until_quiet(deadline)
+            conversation = await self._attachment.until_ready(0, deadline)
+            handle = self._attachment.release()
+            assert handle is not None
+            self._ledger.adopts_position = True
+            done = await conversation.send_reset(self._ledger, handle, deadline)
+            conversation.hold(self._ledger, done.handle, done.epoch, 0)
+
+    def generate(
+        self,
+        max_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Tokens = (),
+        logprobs: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> AsyncGeneration:
+        """Sample tokens on the server, which the session consumes: an asynchronous iterator of ids.
+
+        temperature: 0 takes the likeliest. top_k, top_p: draw only from the likeliest tokens. seed: the same
+        seed, position and settings give the same tokens. stop: tokens that end it, themselves included. To
+        leave the loop breaks it off. timeout_seconds: for each message of the server. Raises InvalidInput,
+        OutputUnsupported.
+        """
+        request = make_generate_request(
+            self.id,
+            self._model.info.vocab_size,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            logprobs=logprobs,
+        )
+        return AsyncGeneration(self._attachment, request, self._hub.timeout(timeout_seconds).seconds)
+
+    async def detach(self) -> None:
+        """Leave the session open on the server, to be attached again by its id. This object is of no more use."""
+        if self._attachment.is_ended:
+            return
+        self._attachment.end("detached")
+        self._hub.forget(self)
+        conversation = self._attachment.conversation
+        handle = self._attachment.release()
+        if handle is not None and conversation is not None:
+            conversation.acknowledge(self._ledger, handle)
+
+    async def close(self, *, timeout_seconds: float | None = None) -> None:
+        """End the session on the server, after the steps asked for before. Does nothing where it has ended already."""
+        if self._attachment.is_ended:
+            return
+        timeout, deadline = self._timeout_and_deadline(timeout_seconds)
+        self._attachment.end("closed")
+        self._hub.forget(self)
+        if self._ledger.lost_reason is not None:
+            return
+        conversation = self._attachment.conversation
+        handle = self._attachment.release()
+        try:
+            if handle is not None and conversation is not None:
+                await conversation.send_close(self._ledger, handle, deadline)
+            else:
+                transport = self._hub.transport
+                request = CloseSessionRequest(request_id=uuid.uuid4().hex, session_id=self.id)
+                await transport.call(transport.sessions.CloseSession, request, timeout.seconds, self.id)
+        except (SessionLost, SessionNotFound):
+            return
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            await (self.detach() if self._keep else self.close())
+        except CellserveError:
+            if error is None:
+                raise
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id!r} of {self.model.name!r} at position {self.position}>"
+
+    def _timeout_and_deadline(self, timeout_seconds: float | None) -> tuple[Timeout, float]:
+        timeout = self._hub.timeout(timeout_seconds)
+        return timeout, self._loop.time() + timeout.seconds

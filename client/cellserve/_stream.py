@@ -1,0 +1,109 @@
+"""One bidirectional stream to a server: writes what is asked for in frames, and reads always.
+
+Whatever is asked for in one turn of the event loop, or while a frame is being written, travels in the next
+frame. A connection does not outlive its stream; sessions do, and are attached to the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from grpc import aio
+
+from cellserve._conversation import Conversation
+from cellserve._info import ServerLimits
+from cellserve._unanswered import ProtocolError
+from cellserve.v1.stream_pb2 import StreamResponse
+
+if TYPE_CHECKING:
+    StreamCall: TypeAlias = aio.StreamStreamCall[bytes, StreamResponse]
+
+__all__ = ["Connection"]
+
+_log: Final = logging.getLogger("cellserve")
+
+
+class Connection:
+    """A stream and the conversation on it."""
+
+    def __init__(self, call: StreamCall, limits: ServerLimits) -> None:
+        self._call = call
+        self._loop = asyncio.get_running_loop()
+        self._has_work = asyncio.Event()
+        self._sweep_timer: asyncio.TimerHandle | None = None
+        self.conversation = Conversation(limits, self._has_work.set, self._sweep_at)
+        self.is_open = True
+        self._writer = self._loop.create_task(self._write())
+        self._reader = self._loop.create_task(self._read())
+
+    async def finish(self, deadline: float) -> None:
+        """Sends what waits, ends the stream in order, and waits until the deadline for the server to end it too."""
+        self.is_open = False
+        self._has_work.set()
+        _, late = await asyncio.wait([self._reader], timeout=max(0.0, deadline - self._loop.time()))
+        if late:
+            self._call.cancel()
+            await asyncio.wait([self._reader])
+
+    async def _write(self) -> None:
+        has_work = self._has_work
+        take_frames = self.conversation.take_frames
+        write = self._call.write
+        try:
+            while True:
+                await has_work.wait()
+                has_work.clear()
+                for frame in take_frames():
+                    await write(frame)
+                if not self.is_open and not has_work.is_set():
+                    await self._call.done_writing()
+                    return
+        except (aio.AioRpcError, aio.UsageError, asyncio.InvalidStateError):
+            return  # the stream has ended; the reader tells why
+        except Exception:
+            _log.exception("a frame could not be made; the stream is given up")
+            self._call.cancel()
+
+    async def _read(self) -> None:
+        code, details = "UNKNOWN", None
+        try:
+            while isinstance(response := await self._call.read(), StreamResponse):
+                self.conversation.receive(response)
+            code, details = "OK", "the server ended it"
+        except aio.AioRpcError as error:
+            code, details = error.code().name, error.details()
+        except asyncio.CancelledError:
+            # A call that is cancelled here says so by this exception, which is then none of this task.
+            code, details = "CANCELLED", "this client ended it"
+        except ProtocolError as error:
+            code, details = "INTERNAL", str(error)
+        except Exception:
+            _log.exception("a frame of the server could not be read; the stream is given up")
+            code, details = "INTERNAL", "a frame of the server could not be read"
+        finally:
+            self._end(code, details)
+
+    def _end(self, code: str, details: str | None) -> None:
+        self.is_open = False
+        self._call.cancel()
+        self._writer.cancel()
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+        self.conversation.end(code, details)
+
+    def _sweep_at(self, deadline: float) -> None:
+        # One timer for all requests, at the earliest deadline: most are answered long before.
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+        self.conversation.next_deadline = deadline
+        self._sweep_timer = self._loop.call_at(deadline, self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweep_timer = None
+        self.conversation.expire(self._loop.time())
+        next_deadline = self.conversation.next_deadline
+        if next_deadline < math.inf:
+            self._sweep_at(next_deadline)

@@ -1,0 +1,1 @@
+"""The subcommands of `cellserve`; needs the packages of the extra [cli]."""
