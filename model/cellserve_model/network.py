@@ -90,9 +90,9 @@ class Network(nn.Module):
         files = read_model(directory)
         return cls.from_tensors(files.config, files.tensors)
 
-    def save(self, directory: Path, *, card: Mapping[str, object] | None = None) -> bytes:
+    def save(self, directory: str | Path, *, card: Mapping[str, object] | None = None) -> bytes:
         """Write a model directory and return the fingerprint (32 bytes). Raises ModelFileError."""
-        return write_model(directory, self.config, self.tensors(), card=card)
+        return write_model(Path(directory), self.config, self.tensors(), card=card)
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by their names in the model file, not copied."""

@@ -2,10 +2,12 @@
 
 import asyncio
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cellserve import Client
 from tests.support.readme import README, with_tables
 from tests.support.server import ServerProcess
 
@@ -33,3 +35,12 @@ def test_an_example_of_the_readme_runs(
     scope: dict[str, object] = {}
     exec(compile(f"async def example():\n{indented}", "README.md", "exec"), scope)  # noqa: S102 - our own README
     asyncio.run(scope["example"]())  # type: ignore[operator]
+
+
+@pytest.fixture(autouse=True)
+def _no_sessions_left(server: ServerProcess) -> Iterator[None]:
+    """Sessions with an id stay open when they are left; other tests that share the server want none."""
+    yield
+    with Client(server.target) as client:
+        for left in client.sessions():
+            client.open_session(left.model, id=left.id, mode="attach").close()

@@ -20,9 +20,9 @@ from cellserve.errors import (
     StaleHandle,
     StateMismatch,
 )
+from cellserve.v1.session_service_pb2 import CloseSessionRequest, ResetSessionRequest
 from tests.support.server import ServerProcess
 from tests.support.wire import Wire
-from cellserve.v1.session_service_pb2 import CloseSessionRequest, ResetSessionRequest
 
 TOKENS = [3, 1, 4, 1, 5]
 

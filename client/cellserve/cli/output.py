@@ -18,7 +18,7 @@ _UNBOUNDED_WIDTH: Final = 10_000
 
 def make_console() -> Console:
     """A console on the present standard output."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = _UNBOUNDED_WIDTH
     return console
@@ -40,4 +40,4 @@ def write_json(document: object) -> None:
 
 def write_problem(line: str) -> None:
     """One line on standard error."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]cellserve:[/] {escape(line)}")
+    Console(stderr=True, highlight=False, emoji=False, soft_wrap=True).print(f"[red]cellserve:[/] {escape(line)}")

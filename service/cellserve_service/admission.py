@@ -1,0 +1,199 @@
+"""Decides over runs that come in: validated whole, checked against the session's position, then accepted whole.
+
+n rows of a command, N tokens in all.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from cellserve.v1.errors_pb2 import ErrorReason
+from cellserve_service.arrivals import Arrivals
+from cellserve_service.core import Core, JoinedRequest
+from cellserve_service.errors import Refusal, invalid
+from cellserve_service.messages import Acknowledge, SubmitRuns
+from cellserve_service.replay import replay
+from cellserve_service.runs import Kind
+from cellserve_service.served import ServedModel
+from cellserve_service.sessions import NO_RUN
+from cellserve_service.stepping import IntArray
+from cellserve_service.validation import check_answer_size, check_input, check_models, refuse
+
+_BUSY = Refusal(ErrorReason.ERROR_REASON_SESSION_BUSY, "a generate is under way on the session")
+_DRAINING = Refusal(ErrorReason.ERROR_REASON_DRAINING, "the server is draining and takes no more runs")
+_UNANSWERED = invalid("the session has an unanswered run: more than one at once need positions", "positions")
+
+
+class Admission:
+    """Accepts runs into the run tables."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._place_by_row = np.zeros(core.sessions.capacity, np.int64)
+
+    def submit(self, command: SubmitRuns) -> None:
+        """Accept the command's rows or refuse them, row by row; accepted ones are queued."""
+        core, arrivals = self._core, self._resolve(command)
+        if not len(arrivals):
+            return
+        different = self._are_different(arrivals.rows)
+        if arrivals.acknowledged is not None:
+            self._acknowledge(arrivals.rows, arrivals.acknowledged, different)
+        arrivals = check_models(core, arrivals)
+        served = core.model_of(int(arrivals.rows[0]))
+        spec = served.specs.number(command.outputs, core.limits.max_answer_bytes)
+        if isinstance(spec, Refusal):
+            refuse(core, arrivals, np.ones(len(arrivals), np.bool_), spec)
+            return
+        arrivals = check_input(core, served, arrivals)
+        if command.max_output_bytes is not None:
+            arrivals = check_answer_size(core, served, arrivals, spec, command.max_output_bytes)
+        if len(arrivals):
+            for turn in [arrivals] if different else self._turns(arrivals):
+                self._admit(served, spec, turn)
+
+    def acknowledge(self, command: Acknowledge) -> None:
+        """Let go of held answers; handles that are not valid are passed over."""
+        rows, valid = self._core.sessions.resolve_handles(command.stream, command.handles)
+        rows, positions = rows[valid], command.positions[valid]
+        self._acknowledge(rows, positions, self._are_different(rows))
+
+    def _resolve(self, command: SubmitRuns) -> Arrivals:
+        """The rows whose sessions there are; the others are refused."""
+        sessions = self._core.sessions
+        if command.handles is not None:
+            rows, valid = sessions.resolve_handles(command.stream, command.handles)
+            handles = command.handles[~valid].tolist()
+            refusals = [sessions.refuse_handle(command.stream, handle) for handle in handles]
+        else:
+            assert command.session_ids is not None
+            found = [sessions.resolve_id(session_id) for session_id in command.session_ids]
+            rows = np.array([0 if isinstance(row, Refusal) else row for row in found], np.int64)
+            valid = np.array([not isinstance(row, Refusal) for row in found], np.bool_)
+            refusals = [row for row in found if isinstance(row, Refusal)]
+        return refuse(self._core, Arrivals.of(command, rows), ~valid, refusals)
+
+    def _are_different(self, rows: IntArray) -> bool:
+        places = np.arange(len(rows))
+        self._place_by_row[rows] = places
+        return bool((self._place_by_row[rows] == places).all())
+
+    def _acknowledge(self, rows: IntArray, positions: IntArray, different: bool) -> None:
+        """Let go of held answers of sessions up to the positions; the highest where a session stands twice."""
+        if not different:
+            order = np.lexsort((positions, rows))
+            rows, positions = rows[order], positions[order]
+            highest = np.append(rows[1:] != rows[:-1], True)
+            rows, positions = rows[highest], positions[highest]
+        models = self._core.sessions.model[rows]
+        for served in self._core.served:
+            of_model = models == served.index
+            served.runs.acknowledge(rows[of_model], positions[of_model])
+
+    def _turns(self, arrivals: Arrivals) -> Iterator[Arrivals]:
+        """The rows in turns of different sessions: rows of the same session take effect in their order."""
+        rows = arrivals.rows
+        order = rows.argsort(kind="stable")
+        first = np.flatnonzero(np.append(True, rows[order[1:]] != rows[order[:-1]]))
+        turn = np.empty(len(rows), np.int64)
+        turn[order] = np.arange(len(rows)) - np.repeat(first, np.diff(np.append(first, len(rows))))
+        # So many runs of one session can never wait at once; to decide over each would only take time.
+        full = turn >= self._core.limits.max_session_pending_tokens
+        arrivals, turn = refuse(self._core, arrivals, full, self._full("session")), turn[~full]
+        by_turn = turn.argsort(kind="stable")  # within a turn as in the command
+        for places in np.split(by_turn, np.flatnonzero(np.diff(turn[by_turn])) + 1):
+            yield arrivals.at(places)
+
+    def _admit(self, served: ServedModel, spec: int, arrivals: Arrivals) -> None:
+        """Check the positions of runs of different sessions, answer repeats, and accept what there is room for."""
+        core, sessions = self._core, self._core.sessions
+        arrivals = refuse(core, arrivals, sessions.is_generating[arrivals.rows], _BUSY)
+        if arrivals.positions is None:
+            arrivals = refuse(core, arrivals, sessions.next_run[arrivals.rows] != NO_RUN, _UNANSWERED)
+        else:
+            fresh = arrivals.positions == sessions.accepted[arrivals.rows]
+            if not fresh.all():
+                self._answer_repeats(served, spec, arrivals.at(np.flatnonzero(~fresh)))
+                arrivals = arrivals.at(np.flatnonzero(fresh))
+        if core.is_draining:
+            refuse(core, arrivals, np.ones(len(arrivals), np.bool_), _DRAINING)
+            return
+        arrivals = self._within_limits(arrivals)
+        if len(arrivals):
+            self._accept(served, spec, arrivals)
+
+    def _answer_repeats(self, served: ServedModel, spec: int, arrivals: Arrivals) -> None:
+        """Answer runs that are not for where their sessions stand, or refuse them."""
+        core, digests = self._core, arrivals.digests().tolist()
+        deadlines = np.broadcast_to(self._deadlines(arrivals), len(arrivals)).tolist()
+        assert arrivals.positions is not None
+        columns = (arrivals.rows, arrivals.positions, arrivals.counts, arrivals.requests)
+        for place, (row, position, count, request) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            accepted = int(core.sessions.accepted[row])
+            refusal: Refusal | None
+            if position + count <= accepted:
+                asked = JoinedRequest(arrivals.stream, request, core.now, deadlines[place])
+                refusal = replay(core, served, row, position, count, digests[place], spec, asked)
+            else:
+                refusal = _off_position(position, count, accepted)
+            if refusal is not None:
+                core.refuse(arrivals.stream, [request], [refusal])
+
+    def _within_limits(self, arrivals: Arrivals) -> Arrivals:
+        """The rows whose tokens there is room for; the others are refused."""
+        core, limits, counts = self._core, self._core.limits, arrivals.counts
+        full = core.sessions.num_pending_tokens[arrivals.rows] + counts > limits.max_session_pending_tokens
+        arrivals = refuse(core, arrivals, full, self._full("session"))
+        num_left = limits.max_pending_tokens - core.num_pending_tokens
+        if arrivals.counts.sum() <= num_left:
+            return arrivals
+        too_many = np.zeros(len(arrivals), np.bool_)
+        for place, count in enumerate(arrivals.counts.tolist()):
+            too_many[place] = count > num_left
+            num_left -= 0 if too_many[place] else count
+        return refuse(core, arrivals, too_many, self._full("server"))
+
+    def _full(self, whose: str) -> Refusal:
+        name = "max_session_pending_tokens" if whose == "session" else "max_pending_tokens"
+        message = f"the {whose} has too many tokens waiting: {name} {getattr(self._core.limits, name)}"
+        return Refusal(ErrorReason.ERROR_REASON_QUEUE_FULL, message)
+
+    def _accept(self, served: ServedModel, spec: int, arrivals: Arrivals) -> None:
+        core, sessions, table = self._core, self._core.sessions, served.runs
+        rows, counts, total = arrivals.rows, arrivals.counts, len(arrivals.tokens)
+        start = sessions.accepted[rows]
+        runs = table.allocate(len(rows), Kind.RUN)
+        offset = table.token_pool.allocate(total)
+        table.token_pool.rows[offset : offset + total] = arrivals.tokens.reshape(total, -1)
+        table.tokens[runs] = offset + counts.cumsum() - counts
+        table.session[runs] = rows
+        table.stream[runs] = arrivals.stream
+        table.request[runs] = arrivals.requests
+        table.start[runs] = start
+        table.count[runs] = counts
+        table.digest[runs] = arrivals.digests()
+        table.spec[runs] = spec
+        table.accepted_at[runs] = core.now
+        table.deadline[runs] = self._deadlines(arrivals)
+        table.append(rows, runs)
+        sessions.accepted[rows] = start + counts
+        sessions.num_pending_tokens[rows] += counts
+        sessions.last_used[rows] = core.now
+        core.num_pending_tokens += total
+        core.go_on(served, rows)
+
+    def _deadlines(self, arrivals: Arrivals) -> np.ndarray[tuple[int], np.dtype[np.float64]] | float:
+        """By when each run must have begun: (n,), or one for all."""
+        timeouts = arrivals.timeouts_seconds
+        return np.inf if timeouts is None else np.where(timeouts > 0, self._core.now + timeouts, np.inf)
+
+
+def _off_position(position: int, count: int, accepted: int) -> Refusal:
+    """A run that begins ahead of its session, or overlaps in part what has run there."""
+    if position > accepted:
+        reason = ErrorReason.ERROR_REASON_POSITION_GAP
+        message = f"the run is for position {position}, the session stands at {accepted}"
+    else:
+        reason = ErrorReason.ERROR_REASON_POSITION_CONFLICT
+        message = f"the run is for positions {position} to {position + count}, the session stands at {accepted}"
+    return Refusal(reason, message, position=accepted, field="positions")

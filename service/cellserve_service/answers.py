@@ -1,0 +1,124 @@
+"""Gives out what a tick of runs brought, one event for each stream and output spec, and holds it for repeats.
+
+B rows of the tick (sessions), N tokens, n rows of a group.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellserve_service.core import Core
+from cellserve_service.messages import Answers
+from cellserve_service.outputs import OutputArrays
+from cellserve_service.pools import ragged_indices
+from cellserve_service.run_tick import RunTick
+from cellserve_service.runs import NOT_HELD
+from cellserve_service.served import ServedModel
+from cellserve_service.stepping import IntArray, StepResult, Want
+
+_ARRAYS_BY_WANT: tuple[tuple[Want, tuple[tuple[str, str], ...]], ...] = (
+    (Want.NEXT_TOKEN, (("next_tokens", "next_tokens"),)),
+    (Want.TOP_K, (("top_tokens", "top_tokens"), ("top_logprobs", "top_logprobs"))),
+    (Want.LOGPROB, (("logprobs", "logprobs"),)),
+    (Want.HEAD_OUTPUT, (("head_outputs", "logits"),)),
+    (Want.STATE, (("states", "states"),)),
+    (Want.GATES, (("gates", "gates"),)),
+)
+
+
+def answer_tick(core: Core, tick: RunTick, result: StepResult) -> None:
+    """Answer the runs of a tick. A run without outputs at every token is told of once, as a whole."""
+    served, table, specs = tick.served, tick.served.runs, tick.served.specs
+    streams = table.stream[tick.runs]
+    for places in _groups(streams, tick.spec, specs.is_every[tick.spec] | (tick.remaining == 0)):
+        rows = slice(None) if places is None else places
+        first = 0 if places is None else int(places[0])
+        runs, spec = tick.runs[rows], int(tick.spec[first])
+        counts = tick.counts[rows] if specs.is_every[spec] else table.count[runs]
+        outputs, num_rows = OutputArrays(), np.zeros_like(runs)
+        if specs.has_outputs[spec]:
+            num_rows = counts if specs.is_every[spec] else np.ones_like(runs)
+            outputs = _outputs_of(tick, result, spec, places)
+            _hold(core, served, spec, runs, tick.done[rows] - counts, num_rows, outputs)
+        core.events.append(
+            Answers(
+                stream=int(streams[first]),
+                requests=table.request[runs],
+                positions=table.start[runs] + tick.done[rows],
+                counts=counts,
+                remaining=tick.remaining[rows],
+                outputs=outputs,
+                num_output_rows=num_rows,
+                accepted_at=table.accepted_at[runs],
+                model=served.index,
+            )
+        )
+
+
+def _groups(streams: IntArray, spec: IntArray, tells: NDArray[np.bool_]) -> Iterator[IntArray | None]:
+    """Places of equal stream and spec among those that have something to tell; None for all places of the tick."""
+    if tells.all() and (streams == streams[0]).all() and (spec == spec[0]).all():
+        yield None
+        return
+    places = np.flatnonzero(tells)
+    order = places[np.lexsort((spec[places], streams[places]))]
+    changes = (streams[order[1:]] != streams[order[:-1]]) | (spec[order[1:]] != spec[order[:-1]])
+    for group in np.split(order, np.flatnonzero(changes) + 1):
+        if len(group):
+            yield group
+
+
+def _outputs_of(tick: RunTick, result: StepResult, spec: int, places: IntArray | None) -> OutputArrays:
+    """The outputs of some rows of the tick, which all asked for the same; places None: of all rows."""
+    specs = tick.served.specs
+    bits, top_k = int(specs.wants_last[spec]), int(specs.top_k[spec])
+    of_places: NDArray[np.bool_] | None = None  # (N,) tokens
+    if places is not None:
+        is_meant = np.zeros(len(tick.rows), np.bool_)
+        is_meant[places] = True
+        of_places = np.repeat(is_meant, tick.counts)
+    arrays: dict[str, Any] = {}
+    for want, names in _ARRAYS_BY_WANT:
+        if not bits & want:
+            continue
+        # The result has one row for each token that wanted this.
+        asked = None if of_places is None else of_places[(tick.wants & want) != 0]
+        for name, of_result in names:
+            array = getattr(result, of_result)
+            array = array if asked is None else array[asked]
+            arrays[name] = array[:, :top_k] if want is Want.TOP_K else array
+    return OutputArrays(**arrays)
+
+
+def _hold(
+    core: Core,
+    served: ServedModel,
+    spec: int,
+    runs: IntArray,  # (n,)
+    first: IntArray,  # (n,) the output row of its run with which the outputs begin
+    num_rows: IntArray,  # (n,)
+    outputs: OutputArrays,
+) -> None:
+    """Copy outputs to the pool of held answers, for runs whose whole answer is not too large."""
+    table, layout, most = served.runs, served.specs.layouts[spec], core.limits.max_held_answer_bytes // 4
+    row_words = layout.row_words
+    in_all = table.count[runs] if served.specs.is_every[spec] else num_rows
+    words = in_all * row_words
+    begins = (first == 0) & (words <= most)
+    if begins.all() and (in_all == num_rows).all():
+        # Whole answers, one after the other: they lie together.
+        offset = table.hold(runs, words)
+        end = offset + int(words.sum())
+        layout.pack(outputs, table.held_pool.rows[offset:end, 0].reshape(-1, row_words))
+        return
+    if begins.any():
+        table.hold(runs[begins], words[begins])
+    held = table.held[runs] != NOT_HELD
+    packed = np.empty((int(num_rows.sum()), row_words), np.uint32)
+    layout.pack(outputs, packed)
+    packed = packed[np.repeat(held, num_rows)]
+    starts, num_rows = table.held[runs[held]] + first[held] * row_words, num_rows[held]
+    places = np.repeat(starts, num_rows) + row_words * ragged_indices(np.zeros_like(num_rows), num_rows)
+    table.held_pool.rows[places[:, None] + np.arange(row_words), 0] = packed

@@ -1,0 +1,77 @@
+"""The runs of a command as columns, while they are decided over.
+
+n rows of a command, N tokens in all, I input size.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellserve_service.digests import U64Array, digest_runs, digest_tokens
+from cellserve_service.messages import SubmitRuns
+from cellserve_service.pools import ragged_indices
+from cellserve_service.stepping import FloatArray, IntArray, TokenArray
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """The rows that are not refused so far."""
+
+    stream: int
+    rows: IntArray  # (n,) of the session table
+    requests: U64Array  # (n,)
+    counts: IntArray  # (n,)
+    tokens: TokenArray | FloatArray  # (N,) or (N, I)
+    positions: IntArray | None  # (n,)
+    timeouts_seconds: NDArray[np.float64] | None  # (n,)
+    acknowledged: IntArray | None  # (n,)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @classmethod
+    def of(cls, command: SubmitRuns, rows: IntArray) -> "Arrivals":
+        """All rows of a command. rows: (n,) of the session table, of anything where the session is not known."""
+        tokens = command.vectors if command.tokens is None else command.tokens
+        assert tokens is not None
+        return cls(
+            command.stream,
+            rows,
+            command.requests,
+            command.counts,
+            tokens,
+            command.positions,
+            command.timeouts_seconds,
+            command.acknowledged,
+        )
+
+    def at(self, places: IntArray) -> "Arrivals":
+        """The rows at some places, in this order."""
+        tokens: Any = self.tokens
+        if len(tokens) == len(self.counts) and (self.counts == 1).all():
+            tokens = tokens[places]
+        else:
+            starts = self.counts.cumsum() - self.counts
+            tokens = tokens[ragged_indices(starts[places], self.counts[places])]
+        return replace(
+            self,
+            rows=self.rows[places],
+            requests=self.requests[places],
+            counts=self.counts[places],
+            tokens=tokens,
+            positions=_at(self.positions, places),
+            timeouts_seconds=_at(self.timeouts_seconds, places),
+            acknowledged=_at(self.acknowledged, places),
+        )
+
+    def digests(self) -> U64Array:
+        """(n,) of each row's tokens."""
+        if self.tokens.ndim == 1 and len(self.tokens) == len(self.counts):
+            return digest_tokens(self.tokens)  # type: ignore[arg-type]
+        return digest_runs(self.tokens, self.counts)
+
+
+def _at(column: NDArray[Any] | None, places: IntArray) -> NDArray[Any] | None:
+    return None if column is None else column[places]

@@ -1,0 +1,215 @@
+"""Reads frames from clients: protobuf columns in, commands of arrays out. A bad command becomes failures in-band."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from cellserve.v1 import stream_pb2, values_pb2
+from cellserve_service.errors import Refusal, invalid
+from cellserve_service.messages import (
+    Acknowledge,
+    CancelRuns,
+    CloseSessions,
+    Command,
+    Failures,
+    InitialState,
+    OpenSessions,
+    ResetSessions,
+    SessionTarget,
+    SubmitRuns,
+    U64Array,
+)
+from cellserve_service.outputs import NO_OUTPUTS, At, OutputSpec
+from cellserve_service.state_format import MAX_POSITION, decode_state
+from cellserve_service.stepping import FloatArray, IntArray
+
+_AT = {
+    values_pb2.OutputAt.OUTPUT_AT_UNSPECIFIED: At.NONE,
+    values_pb2.OutputAt.OUTPUT_AT_NONE: At.NONE,
+    values_pb2.OutputAt.OUTPUT_AT_LAST: At.LAST,
+    values_pb2.OutputAt.OUTPUT_AT_EVERY: At.EVERY,
+}
+
+
+def decode_frame(stream: int, frame: bytes, max_open_sessions: int) -> Iterator[Command | Failures]:
+    """The commands of a frame, in order; Failures stand for what could not be read."""
+    try:
+        request = stream_pb2.StreamRequest.FromString(frame)
+    except DecodeError:
+        yield _failures(stream, [0], invalid("the frame is no cellserve.v1.StreamRequest"))
+        return
+    for command in request.commands:
+        kind = command.WhichOneof("command")
+        if kind is None:
+            yield _failures(stream, [0], invalid("a command of the frame is of no kind known here"))
+            continue
+        columns = getattr(command, kind)
+        try:
+            yield from _DECODERS[kind](stream, columns, max_open_sessions)
+        except Refusal as refusal:
+            requests = list(getattr(columns, "requests", ())) or [0]
+            yield _failures(stream, requests, refusal)
+
+
+def decode_outputs(request: values_pb2.OutputRequest) -> OutputSpec:
+    """What a run asks for. Raises Refusal."""
+    at = _AT.get(request.at)
+    if at is None:
+        raise invalid(f"outputs.at {request.at} is not known here", "outputs.at")
+    if at is At.NONE:
+        return NO_OUTPUTS
+    return OutputSpec(
+        at=at,
+        next_token=request.next_token,
+        top_k=request.top_k,
+        logprobs=request.logprobs,
+        head_outputs=request.head_outputs,
+        states=request.states,
+        gates=request.gates,
+    )
+
+
+def decode_vectors(block: values_pb2.FloatBlock, num_tokens: int | None, field: str) -> FloatArray:
+    """Vectors of a float block: (N, I). Raises Refusal."""
+    shape = tuple(block.shape)
+    if len(shape) != 2 or 4 * shape[0] * shape[1] != len(block.values):
+        raise invalid(f"vectors of shape {shape} do not fit their {len(block.values)} bytes", field)
+    if num_tokens is not None and shape[0] != num_tokens:
+        raise invalid(f"there are {shape[0]} vectors for {num_tokens} tokens", field)
+    return np.frombuffer(block.values, "<f4").astype(np.float32, copy=False).reshape(shape)
+
+
+def _runs(stream: int, columns: stream_pb2.RunCommand, _: int) -> Iterator[Command | Failures]:
+    requests = _requests(columns.requests)
+    number = len(requests)
+    counts = _optional(columns.counts, np.int64, number, "counts")
+    if counts is None:
+        counts = np.ones(number, np.int64)
+    tokens, vectors = None, None
+    num_tokens = int(counts.sum())
+    if columns.HasField("vectors"):
+        vectors = decode_vectors(columns.vectors, num_tokens, "vectors")
+    else:
+        tokens = np.fromiter(columns.tokens, np.uint32, len(columns.tokens))
+        if len(tokens) != num_tokens:
+            raise invalid(f"there are {len(tokens)} tokens for counts that sum to {num_tokens}", "tokens")
+    positions = _positions(columns.positions, number, "positions")
+    timeouts = _optional(columns.timeouts_milliseconds, np.float64, number, "timeouts_milliseconds")
+    yield SubmitRuns(
+        stream=stream,
+        requests=requests,
+        handles=_column(columns.handles, np.uint64, number, "handles"),
+        session_ids=None,
+        counts=counts,
+        tokens=tokens,
+        vectors=vectors,
+        positions=positions,
+        timeouts_seconds=None if timeouts is None else timeouts / 1000.0,
+        acknowledged=_positions(columns.acknowledged_positions, number, "acknowledged_positions"),
+        outputs=decode_outputs(columns.outputs),
+    )
+
+
+def _open(stream: int, columns: stream_pb2.OpenCommand, max_open_sessions: int) -> Iterator[Command | Failures]:
+    requests = _requests(columns.requests)
+    if len(requests) > max_open_sessions:
+        raise invalid(f"{len(requests)} sessions in one command; at most {max_open_sessions}", "requests")
+    session_ids = list(columns.session_ids) or None
+    if session_ids is not None and len(session_ids) != len(requests):
+        raise invalid(f"there are {len(session_ids)} session ids for {len(requests)} requests", "session_ids")
+    if session_ids is None and columns.mode == stream_pb2.OpenMode.OPEN_MODE_ATTACH:
+        raise invalid("attaching needs session ids", "session_ids")
+    states: list[InitialState] | None = None
+    if columns.states:
+        if len(columns.states) != len(requests):
+            raise invalid(f"there are {len(columns.states)} states for {len(requests)} requests", "states")
+        decoded = [decode_state(state) for state in columns.states]
+        bad = {place: state for place, state in enumerate(decoded) if isinstance(state, Refusal)}
+        for place, refusal in bad.items():
+            yield _failures(stream, [int(requests[place])], refusal)
+        if bad:
+            kept = [place for place in range(len(requests)) if place not in bad]
+            requests = requests[np.array(kept, np.int64)]
+            session_ids = None if session_ids is None else [session_ids[place] for place in kept]
+        states = [state for state in decoded if isinstance(state, InitialState)]
+        if not states:
+            return
+    yield OpenSessions(
+        stream=stream,
+        requests=requests,
+        model=columns.model,
+        session_ids=session_ids,
+        mode=columns.mode,
+        durability=columns.durability,
+        states=states,
+    )
+
+
+def _reset(stream: int, columns: stream_pb2.ResetCommand, _: int) -> Iterator[Command]:
+    yield ResetSessions(_target(stream, columns))
+
+
+def _close(stream: int, columns: stream_pb2.CloseCommand, _: int) -> Iterator[Command]:
+    yield CloseSessions(_target(stream, columns))
+
+
+def _cancel(stream: int, columns: stream_pb2.CancelCommand, _: int) -> Iterator[Command]:
+    yield CancelRuns(stream, np.fromiter(columns.runs, np.uint64, len(columns.runs)))
+
+
+def _acknowledge(stream: int, columns: stream_pb2.AcknowledgeCommand, _: int) -> Iterator[Command]:
+    handles = np.fromiter(columns.handles, np.uint64, len(columns.handles))
+    positions = _positions(columns.positions, len(handles), "positions")
+    if positions is not None:
+        yield Acknowledge(stream, handles, positions)
+
+
+_DECODERS: dict[str, Any] = {
+    "open": _open,
+    "run": _runs,
+    "reset": _reset,
+    "close": _close,
+    "cancel": _cancel,
+    "acknowledge": _acknowledge,
+}
+
+
+def _target(stream: int, columns: stream_pb2.ResetCommand | stream_pb2.CloseCommand) -> SessionTarget:
+    requests = _requests(columns.requests)
+    return SessionTarget(stream, requests, _column(columns.handles, np.uint64, len(requests), "handles"))
+
+
+def _requests(column: Sequence[int]) -> U64Array:
+    requests = np.fromiter(column, np.uint64, len(column))
+    if not len(requests):
+        raise invalid("the command has no rows", "requests")
+    if not requests.all():
+        raise invalid("request numbers begin at 1", "requests")
+    return requests
+
+
+def _column(column: Sequence[int], dtype: type[Any], number: int, field: str) -> NDArray[Any]:
+    if len(column) != number:
+        raise invalid(f"column {field} has {len(column)} rows for {number} requests", field)
+    return np.fromiter(column, dtype, number)
+
+
+def _optional(column: Sequence[int], dtype: type[Any], number: int, field: str) -> NDArray[Any] | None:
+    return _column(column, dtype, number, field) if len(column) else None
+
+
+def _positions(column: Sequence[int], number: int, field: str) -> IntArray | None:
+    positions = _optional(column, np.uint64, number, field)
+    if positions is None:
+        return None
+    if (positions > MAX_POSITION).any():
+        raise invalid(f"a position is out of range: at most {MAX_POSITION}", field)
+    return positions.astype(np.int64)
+
+
+def _failures(stream: int, requests: Iterable[int], refusal: Refusal) -> Failures:
+    column = np.fromiter(requests, np.uint64)
+    return Failures(stream, column, (refusal,) * len(column))

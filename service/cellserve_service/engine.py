@@ -1,0 +1,138 @@
+"""The engine: takes commands, runs ticks, and collects what has become ready. Pure but for the steppers it drives.
+
+Its owner (engine_loop.py) gives it commands and the time, and calls `begin_tick` and `finish_tick` in turn.
+"""
+
+from collections.abc import Sequence
+
+from cellserve_service import messages
+from cellserve_service.admission import Admission
+from cellserve_service.cancellation import cancel, end_stream, set_paused
+from cellserve_service.core import Core
+from cellserve_service.generation import (
+    GenerateTick,
+    begin_generate_tick,
+    finish_generate_tick,
+    submit_generate,
+)
+from cellserve_service.lifecycle import Lifecycle
+from cellserve_service.limits import EngineLimits
+from cellserve_service.messages import Command, Event
+from cellserve_service.opening import Opening
+from cellserve_service.run_tick import RunTick
+from cellserve_service.runs import Kind
+from cellserve_service.served import ServedModel
+from cellserve_service.sessions import SessionTable
+from cellserve_service.statistics import ModelStatistics, Statistics
+from cellserve_service.stepping import Stepper
+from cellserve_service.ticks import begin_run_tick, finish_run_tick
+
+Tick = RunTick | GenerateTick
+
+
+class Engine:
+    """Sessions of several models on one device, advanced a batch at a time."""
+
+    def __init__(self, steppers: Sequence[Stepper], limits: EngineLimits, statistics: Statistics) -> None:
+        sessions = SessionTable(limits.max_sessions)
+        served = [ServedModel(index, stepper, sessions, limits) for index, stepper in enumerate(steppers)]
+        statistics.models = [ModelStatistics() for _ in steppers]
+        self.core = Core(sessions, served, limits, statistics)
+        self._admission = Admission(self.core)
+        self._opening = Opening(self.core)
+        self._lifecycle = Lifecycle(self.core)
+        self._turns = [(kind, model) for model in served for kind in (Kind.RUN, Kind.GENERATE)]
+        self._turn = 0
+        self._drained = False
+
+    def handle(self, command: Command, now: float) -> None:
+        """Take one command."""
+        core = self.core
+        core.now = now
+        match command:
+            case messages.SubmitRuns():
+                self._admission.submit(command)
+            case messages.Acknowledge():
+                self._admission.acknowledge(command)
+            case messages.OpenSessions():
+                self._opening.open(command)
+            case messages.SubmitGenerate():
+                submit_generate(core, command)
+            case messages.ResetSessions():
+                self._lifecycle.reset(command)
+            case messages.CloseSessions():
+                self._lifecycle.close(command)
+            case messages.ExportSession():
+                self._lifecycle.export(command)
+            case messages.ImportSession():
+                self._lifecycle.import_state(command)
+            case messages.ForkSession():
+                self._lifecycle.fork(command)
+            case messages.GetSession():
+                self._lifecycle.get(command)
+            case messages.ListSessions():
+                self._lifecycle.list_page(command)
+            case messages.CancelRuns():
+                cancel(core, command)
+            case messages.StartStream():
+                core.streams.add(command.stream)
+                self._tell_draining([command.stream])
+            case messages.EndStream():
+                end_stream(core, command.stream)
+            case messages.SetStreamPaused():
+                set_paused(core, command.stream, paused=command.paused)
+            case messages.Drain():
+                core.draining_until = now + command.timeout_seconds
+                self._tell_draining(sorted(core.streams))
+
+    def _tell_draining(self, streams: Sequence[int]) -> None:
+        core = self.core
+        if core.draining_until is not None:
+            seconds = max(0.0, core.draining_until - core.now)
+            core.events += [messages.Draining(stream, seconds) for stream in streams]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a tick would find something to run."""
+        return any(len(served.ready[kind]) for kind, served in self._turns)
+
+    def begin_tick(self, now: float) -> Tick | None:
+        """Submit the next batch to its stepper; None when nothing is ready. Models and kinds take turns."""
+        self.core.now = now
+        # Twice round: what one turn withdraws for being late can be what another kind of run has waited for.
+        for offset in range(2 * len(self._turns)):
+            kind, served = self._turns[(self._turn + offset) % len(self._turns)]
+            if not len(served.ready[kind]):
+                continue
+            begin = begin_run_tick if kind is Kind.RUN else begin_generate_tick
+            tick = begin(self.core, served)
+            if tick is not None:
+                self._turn = (self._turn + offset + 1) % len(self._turns)
+                return tick
+        return None
+
+    def collect(self, tick: Tick) -> object:
+        """Wait for the stepper's result of a tick."""
+        return tick.served.stepper.collect(tick.ticket)
+
+    def finish_tick(self, tick: Tick, result: object, now: float) -> None:
+        """Give out what came back."""
+        self.core.now = now
+        if isinstance(tick, RunTick):
+            finish_run_tick(self.core, tick, result)  # type: ignore[arg-type]
+        else:
+            finish_generate_tick(self.core, tick, result)  # type: ignore[arg-type]
+
+    def sweep(self, now: float) -> None:
+        """Housekeeping, about once a second: expire idle sessions, forget ended ones."""
+        self.core.now = now
+        self._lifecycle.expire()
+
+    def take_events(self) -> list[Event]:
+        """What has become ready since the last time, in order."""
+        core = self.core
+        if core.is_draining and not self._drained and not core.sessions.num_unfinished.any():
+            self._drained = True
+            core.events.append(messages.Drained())
+        events, core.events = core.events, []
+        return events

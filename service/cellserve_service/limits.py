@@ -1,0 +1,23 @@
+"""The bounds that the engine keeps: DESIGN.md's settings, as the engine sees them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Every queue, table, message and answer has a limit."""
+
+    max_sessions: int = 65536
+    max_run_tokens: int = 4096
+    max_session_pending_tokens: int = 8192
+    max_pending_tokens: int = 1048576
+    max_held_answers: int = 64
+    max_held_answer_bytes: int = 65536
+    max_answer_bytes: int = 1048576
+    max_open_sessions: int = 10000
+    idle_timeout_seconds: float = 3600.0
+    ended_session_memory_seconds: float = 600.0
+    # A tick gives each session so many steps of its run at most, and so many in all before it takes one each: long
+    # runs are sliced so that a single step that comes meanwhile waits for a few steps, not for the run.
+    max_slice_tokens: int = 32
+    max_sliced_tick_tokens: int = 512

@@ -1,0 +1,51 @@
+"""Reads the settings, sets up the logs, and runs the server."""
+
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+
+import structlog
+
+from cellserve_service.server import LoadSteppers, Server, StartError
+from cellserve_service.settings import Settings, read_settings
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Serve with the settings of a command line; returns the exit status."""
+    settings = read_settings(arguments)
+    _set_up_logs(settings)
+    try:
+        return asyncio.run(Server(settings, LoadSteppers()).run())
+    except StartError as error:
+        print(f"cellserve-server: {error}", file=sys.stderr)  # noqa: T201 - it is what the command says
+        return 2
+
+
+def _set_up_logs(settings: Settings) -> None:
+    level = getattr(logging, settings.log_level.upper())
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if settings.log_format == "json"
+        else structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+    )
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso"),
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.processors.format_exc_info, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    logging.basicConfig(level=level, handlers=[handler], force=True)

@@ -1,0 +1,184 @@
+"""The session table: every open session as one row of arrays, and the memory of ended ones. Pure: it knows no clock."""
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellserve.v1.errors_pb2 import ErrorReason
+from cellserve_service.errors import Refusal
+from cellserve_service.stepping import FloatArray, IntArray
+
+NO_STREAM = 0
+NO_RUN = -1
+NO_SLOT = 0
+
+_ENDED_MESSAGE = {
+    ErrorReason.ERROR_REASON_SESSION_EXPIRED: "was idle for too long and has ended",
+    ErrorReason.ERROR_REASON_SESSION_EVICTED: "was ended by the server",
+    ErrorReason.ERROR_REASON_SESSION_CLOSED: "was closed",
+}
+
+
+class Stage(IntEnum):
+    """What becomes of a session's first unfinished run."""
+
+    IDLE = 0  # there is none
+    READY = 1  # the session stands in the queue of its model
+    RESTING = 2  # its stream reads too slowly
+    IN_TICK = 3
+
+
+class SessionTable:
+    """Sessions as arrays over rows 0 to capacity - 1, with one dict from id to row.
+
+    A handle is `row << 32 | generation`. A generation changes with the epoch and when the session ends, and starts at
+    a random number, so that a handle of an earlier server names nothing here.
+    """
+
+    def __init__(self, capacity: int, *, max_ended: int = 1 << 20) -> None:
+        self.capacity = capacity
+        self.is_open = np.zeros(capacity, np.bool_)
+        self.handle = np.arange(capacity, dtype=np.uint64) << np.uint64(32) | np.uint64(secrets.randbits(32))
+        self.epoch = np.zeros(capacity, np.int64)
+        self.model = np.zeros(capacity, np.int64)
+        self.owner = np.zeros(capacity, np.int64)  # the stream that holds the session
+        self.position = np.zeros(capacity, np.int64)  # tokens consumed
+        self.accepted = np.zeros(capacity, np.int64)  # where the session stands after all that was accepted
+        self.num_pending_tokens = np.zeros(capacity, np.int64)
+        self.slot = np.zeros(capacity, np.int64)
+        self.last_used = np.zeros(capacity, np.float64)
+        self.created_at = np.zeros(capacity, np.float64)
+        # A session's runs form one chain in its model's run table: held answers, then unfinished runs.
+        self.first_run = np.full(capacity, NO_RUN, np.int64)
+        self.last_held = np.full(capacity, NO_RUN, np.int64)
+        self.next_run = np.full(capacity, NO_RUN, np.int64)  # the first unfinished one
+        self.last_run = np.full(capacity, NO_RUN, np.int64)
+        self.num_held = np.zeros(capacity, np.int64)
+        self.held_words = np.zeros(capacity, np.int64)
+        self.num_unfinished = np.zeros(capacity, np.int64)
+        self.stage = np.zeros(capacity, np.uint8)
+        self.is_generating = np.zeros(capacity, np.bool_)
+        self.ids: list[str | None] = [None] * capacity
+        self.row_by_id: dict[str, int] = {}
+        self.parked: dict[int, FloatArray] = {}  # states in host memory, (L, state_size)
+        self._free = np.arange(capacity - 1, -1, -1, dtype=np.int64)
+        self._num_free = capacity
+        self._ended: OrderedDict[str, tuple[ErrorReason.ValueType, float]] = OrderedDict()
+        self._max_ended = max_ended
+        # Handles that a stream lost to another one, so that its next frame is told so.
+        self._moved: dict[int, set[int]] = {}
+
+    def __len__(self) -> int:
+        return self.capacity - self._num_free
+
+    @property
+    def num_free(self) -> int:
+        return self._num_free
+
+    def create(self, session_ids: Sequence[str], model: int, stream: int, now: float) -> IntArray:
+        """Give ids a row each. The caller has checked that there is room and that the ids are new."""
+        number = len(session_ids)
+        assert number <= self._num_free
+        self._num_free -= number
+        rows = self._free[self._num_free : self._num_free + number][::-1].copy()
+        for session_id, row in zip(session_ids, rows.tolist(), strict=True):
+            assert session_id not in self.row_by_id
+            self.ids[row] = session_id
+            self.row_by_id[session_id] = row
+            self._ended.pop(session_id, None)
+        self.is_open[rows] = True
+        self.epoch[rows] = 1
+        self.model[rows] = model
+        self.owner[rows] = stream
+        self.position[rows] = self.accepted[rows] = 0
+        self.last_used[rows] = self.created_at[rows] = now
+        return rows
+
+    def forget_id(self, row: int, reason: ErrorReason.ValueType, now: float) -> None:
+        """A session ends: its id and handle name nothing any more, but for a while it is known why."""
+        session_id = self.ids[row]
+        assert session_id is not None
+        del self.row_by_id[session_id]
+        self.ids[row] = None
+        self._next_generation(row)
+        self._ended[session_id] = (reason, now)
+        if len(self._ended) > self._max_ended:
+            self._ended.popitem(last=False)
+
+    def free(self, row: int) -> None:
+        """Let an ended session's row be given again. The caller has freed its runs and its slot."""
+        assert self.ids[row] is None
+        assert self.first_run[row] == NO_RUN
+        assert self.slot[row] == NO_SLOT
+        self.is_open[row] = False
+        self.owner[row] = NO_STREAM
+        self.parked.pop(row, None)
+        self._free[self._num_free] = row
+        self._num_free += 1
+
+    def forget_ended(self, before: float) -> None:
+        """Drop the memory of sessions that ended before a moment."""
+        while self._ended:
+            session_id, (_, ended_at) = next(iter(self._ended.items()))
+            if ended_at >= before:
+                return
+            del self._ended[session_id]
+
+    def begin_epoch(self, row: int, stream: int) -> None:
+        """Make earlier handles stale; the session now belongs to `stream`."""
+        self.epoch[row] += 1
+        self._next_generation(row)
+        self.owner[row] = stream
+
+    def remember_moved(self, row: int) -> None:
+        """The stream that holds the session is about to lose it to another one."""
+        moved = self._moved.setdefault(int(self.owner[row]), set())
+        if len(moved) < self.capacity:
+            moved.add(int(self.handle[row]))
+
+    def release_stream(self, stream: int) -> None:
+        """The stream is gone: its sessions belong to nobody."""
+        self._moved.pop(stream, None)
+        self.owner[self.owner == stream] = NO_STREAM
+
+    def _next_generation(self, row: int) -> None:
+        self.handle[row] = row << 32 | (int(self.handle[row]) + 1) & 0xFFFFFFFF
+
+    def resolve_handles(self, stream: int, handles: NDArray[np.uint64]) -> tuple[IntArray, NDArray[np.bool_]]:
+        """Rows of handles, and which of them are valid on this stream. The row of an invalid one means nothing."""
+        rows = np.minimum(handles >> np.uint64(32), np.uint64(self.capacity - 1)).astype(np.int64)
+        return rows, (self.handle[rows] == handles) & (self.owner[rows] == stream)
+
+    def refuse_handle(self, stream: int, handle: int) -> Refusal:
+        """Why a handle is not valid on a stream."""
+        if handle in self._moved.get(stream, ()):
+            return Refusal(
+                ErrorReason.ERROR_REASON_SESSION_MOVED,
+                "the session was taken over by another stream; attach it to take it back",
+                field="handles",
+            )
+        return Refusal(
+            ErrorReason.ERROR_REASON_STALE_HANDLE,
+            f"handle {handle:#x} is not valid on this stream; attach the session by its id",
+            field="handles",
+        )
+
+    def resolve_id(self, session_id: str) -> int | Refusal:
+        """The row of an id, or why there is none."""
+        row = self.row_by_id.get(session_id)
+        if row is not None:
+            return row
+        ended = self._ended.get(session_id)
+        if ended is not None:
+            return Refusal(ended[0], f"session {session_id!r} {_ENDED_MESSAGE[ended[0]]}", field="session_id")
+        return Refusal(
+            ErrorReason.ERROR_REASON_SESSION_NOT_FOUND, f"no session {session_id!r} here", field="session_id"
+        )
+
+    def idle_rows(self, before: float) -> IntArray:
+        """Open sessions without unfinished runs that were last used before a moment."""
+        return np.flatnonzero(self.is_open & (self.last_used < before) & (self.num_unfinished == 0))

@@ -1,0 +1,95 @@
+"""What the engine and the servicers count, as data; metrics.py exports it."""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellserve_service.errors import Refusal, reason_name
+
+
+def seconds_bounds(first: float = 50e-6, last: float = 60.0, ratio: float = 1.5) -> NDArray[np.float64]:
+    """Upper bounds of a histogram of durations: geometric, from 50 us on."""
+    number = int(np.ceil(np.log(last / first) / np.log(ratio))) + 1
+    return np.array([float(f"{first * ratio**i:.3g}") for i in range(number)])
+
+
+class Histogram:
+    """Counts of values by upper bound; many values are counted by one array operation."""
+
+    def __init__(self, bounds: NDArray[np.float64]) -> None:
+        self.bounds = bounds
+        self._bounds: list[float] = bounds.tolist()
+        self.counts = np.zeros(len(bounds) + 1, np.int64)  # the last one: above every bound
+        self.total = 0.0
+
+    def observe(self, values: NDArray[np.float64]) -> None:
+        places = self.bounds.searchsorted(values)
+        self.counts += np.bincount(places, minlength=len(self.counts))
+        self.total += float(values.sum())
+
+    def observe_one(self, value: float) -> None:
+        self.counts[bisect_left(self._bounds, value)] += 1
+        self.total += value
+
+
+class TickResult(Protocol):
+    """What every tick's result tells of its cost."""
+
+    @property
+    def num_padding_rows(self) -> int: ...
+    @property
+    def compute_seconds(self) -> float: ...
+
+
+def _durations() -> Histogram:
+    return Histogram(seconds_bounds())
+
+
+@dataclass(slots=True)
+class ModelStatistics:
+    """Counts of one model."""
+
+    steps_run: int = 0
+    steps_generated: int = 0
+    sessions_opened: int = 0
+    padding_rows: int = 0
+    step_duration: Histogram = field(default_factory=_durations)
+    step_queue: Histogram = field(default_factory=_durations)
+    tick_duration: Histogram = field(default_factory=_durations)
+    tick_compute: Histogram = field(default_factory=_durations)
+    inter_token: Histogram = field(default_factory=_durations)
+    batch_size: Histogram = field(
+        default_factory=lambda: Histogram(np.array([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384.0]))
+    )
+
+    def count_tick(self, result: TickResult, seconds: float) -> None:
+        """A tick that came back after some seconds."""
+        self.padding_rows += result.num_padding_rows
+        self.tick_compute.observe_one(result.compute_seconds)
+        self.tick_duration.observe_one(seconds)
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Counts of the whole server. Written by the engine's thread and the event loop, each its own fields."""
+
+    models: list[ModelStatistics] = field(default_factory=list)
+    sessions_closed: Counter[str] = field(default_factory=Counter)
+    sessions_rejected: Counter[str] = field(default_factory=Counter)
+    run_failures: Counter[str] = field(default_factory=Counter)
+    runs_deduplicated: int = 0
+    session_lifetime: Histogram = field(
+        default_factory=lambda: Histogram(seconds_bounds(first=0.01, last=1e6, ratio=2.0))
+    )
+    streams: int = 0
+    stream_unsent_bytes: int = 0
+    event_loop_lag: Histogram = field(default_factory=_durations)
+
+    def count_failures(self, refusals: Iterable[Refusal]) -> None:
+        for refusal in refusals:
+            self.run_failures[reason_name(refusal.reason)] += 1

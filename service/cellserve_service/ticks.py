@@ -1,0 +1,92 @@
+"""A tick of runs in three verbs: choose which sessions step, submit them to the stepper, finish with what came back.
+
+B rows of the tick (sessions), N tokens.
+"""
+
+import numpy as np
+
+from cellserve_service.answers import answer_tick
+from cellserve_service.core import Core
+from cellserve_service.pools import ragged_indices
+from cellserve_service.replay import answer_joined
+from cellserve_service.run_tick import RunTick
+from cellserve_service.runs import Kind, Status
+from cellserve_service.scheduling import MAX_TICK_OUTPUT_BYTES, choose_sessions, leave_tick
+from cellserve_service.served import ServedModel
+from cellserve_service.stepping import IntArray, StepResult
+
+
+def begin_run_tick(core: Core, served: ServedModel) -> RunTick | None:
+    """Choose a batch and submit it; None when no session is ready for one."""
+    sessions, table, specs = core.sessions, served.runs, served.specs
+    rows = choose_sessions(core, served, Kind.RUN)
+    if not len(rows):
+        return None
+    runs = sessions.next_run[rows]
+    spec = table.spec[runs]
+    done = table.done[runs]
+    remaining = table.count[runs] - done
+    first = table.tokens[runs] + done
+    if remaining.max() == 1:
+        counts = remaining
+        tokens = table.token_pool.rows[first]
+        wants = specs.wants_last[spec]
+    else:
+        counts = np.minimum(remaining, _slice_lengths(core, served, spec))
+        tokens = table.token_pool.rows[ragged_indices(first, counts)]
+        wants = np.repeat(specs.wants_every[spec], counts)
+        ends = counts == remaining
+        wants[(counts.cumsum() - 1)[ends]] = specs.wants_last[spec[ends]]
+    if served.takes_tokens:
+        tokens = tokens[:, 0]
+    ticket = served.stepper.submit(sessions.slot[rows], counts, tokens, wants, int(specs.top_k[spec].max()))
+    _count_begun(core, served, runs)
+    table.status[runs] = Status.STARTED
+    return RunTick(served, rows, runs, spec, counts, done + counts, remaining - counts, wants, ticket, core.now)
+
+
+def _count_begun(core: Core, served: ServedModel, runs: IntArray) -> None:
+    statistics, table = core.statistics.models[served.index], served.runs
+    statistics.batch_size.observe_one(len(runs))
+    begins = table.status[runs] == Status.WAITING
+    if begins.any():
+        statistics.step_queue.observe(core.now - table.accepted_at[runs[begins]])
+
+
+def _slice_lengths(core: Core, served: ServedModel, spec: IntArray) -> IntArray:
+    """How many tokens each run of the batch may advance at most."""
+    limits, specs = core.limits, served.specs
+    token_bytes = np.where(specs.is_every[spec], specs.row_bytes[spec], 1)
+    fair = min(limits.max_slice_tokens, max(1, limits.max_sliced_tick_tokens // len(spec)))
+    within_tick = MAX_TICK_OUTPUT_BYTES // (int(token_bytes.max()) * len(spec))
+    lengths: IntArray = np.minimum(min(fair, within_tick), limits.max_answer_bytes // token_bytes)
+    return np.maximum(lengths, 1)
+
+
+def finish_run_tick(core: Core, tick: RunTick, result: StepResult) -> None:
+    """Advance positions, give out answers, hold them, and go on with the sessions."""
+    sessions, served, rows, runs = core.sessions, tick.served, tick.rows, tick.runs
+    leave_tick(core, served, rows)
+    served.runs.done[runs] = tick.done
+    sessions.position[rows] += tick.counts
+    sessions.num_pending_tokens[rows] -= tick.counts
+    num_tokens = len(tick.wants)
+    core.num_pending_tokens -= num_tokens
+    answer_tick(core, tick, result)
+    if tick.remaining.any():
+        finished = tick.remaining == 0
+        _finish_runs(core, served, rows[finished], runs[finished])
+    else:
+        _finish_runs(core, served, rows, runs)
+    core.go_on(served, rows)
+    statistics = core.statistics.models[served.index]
+    statistics.steps_run += num_tokens
+    statistics.count_tick(result, core.now - tick.begun_at)
+
+
+def _finish_runs(core: Core, served: ServedModel, rows: IntArray, runs: IntArray) -> None:
+    served.runs.finish(rows, runs)
+    if core.joined:
+        answer_joined(core, served, runs)
+    limits = core.limits
+    served.runs.release_beyond(rows, limits.max_held_answers, limits.max_held_answer_bytes // 4)

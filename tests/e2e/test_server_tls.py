@@ -1,0 +1,110 @@
+"""TLS: a server with a certificate, and one that asks its clients for theirs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+
+from cellserve.v1.model_service_pb2 import ListModelsRequest
+from cellserve.v1.model_service_pb2_grpc import ModelServiceStub
+from tests.support.models import write_tiny_model
+from tests.support.programs import run_program
+from tests.support.server import ServerProcess
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """PEM files of an authority, and of a server and a client that it has signed."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self._openssl("req", "-x509", "-subj", "/CN=authority", "-keyout", "authority.key", "-out", "authority.pem")
+        for name in ("server", "client"):
+            names = ["-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+            authority = ["-CA", "authority.pem", "-CAkey", "authority.key"]
+            self._openssl("req", "-x509", *names, *authority, "-keyout", f"{name}.key", "-out", f"{name}.pem")
+
+    def _openssl(self, *arguments: str) -> None:
+        files = [
+            str(self.folder / argument) if argument.endswith((".key", ".pem")) else argument for argument in arguments
+        ]
+        key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+        run_program("openssl", *files, *key, hint="your system's openssl package")
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def bytes(self, name: str) -> bytes:
+        return self.path(name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["server", "mutual"])
+def server(
+    request: pytest.FixtureRequest, certificates: Certificates, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("tls")
+    write_tiny_model(folder / "models" / "tiny-gru" / "1", "gru", vocab_size=11, output_size=11)
+    settings: dict[str, str | int | float | bool] = {
+        "tls_certificate": str(certificates.path("server.pem")),
+        "tls_private_key": str(certificates.path("server.key")),
+    }
+    if request.param:
+        settings["tls_client_ca"] = str(certificates.path("authority.pem"))
+    process = ServerProcess(folder / "server.log", folder / "models", settings)
+    settings["listen"] = f"0.0.0.0:{process.port}"  # with TLS it may listen beyond loopback
+    with process:
+        yield process
+
+
+def models(server: ServerProcess, credentials: grpc.ChannelCredentials | None) -> list[str]:
+    """The names of the models, asked for with these credentials, or in the clear."""
+    if credentials is None:
+        channel = grpc.insecure_channel(server.target)
+    else:
+        channel = grpc.secure_channel(server.target, credentials)
+    with channel:
+        answer = ModelServiceStub(channel).ListModels(ListModelsRequest(), timeout=10)
+    return [model.name for model in answer.models]
+
+
+def test_a_client_that_trusts_the_authority_is_served(server: ServerProcess, certificates: Certificates) -> None:
+    own = {
+        "private_key": certificates.bytes("client.key"),
+        "certificate_chain": certificates.bytes("client.pem"),
+    }
+    credentials = grpc.ssl_channel_credentials(certificates.bytes("authority.pem"), **own)
+    assert models(server, credentials) == ["tiny-gru"]
+    assert "(TLS)" in server.log
+
+
+def test_a_client_without_a_certificate_is_served_where_none_is_asked(
+    server: ServerProcess, certificates: Certificates
+) -> None:
+    credentials = grpc.ssl_channel_credentials(certificates.bytes("authority.pem"))
+    if "tls_client_ca" not in server.settings:
+        assert models(server, credentials) == ["tiny-gru"]
+    else:
+        with pytest.raises(grpc.RpcError) as refused:
+            models(server, credentials)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_client_in_the_clear_is_not_served(server: ServerProcess) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        models(server, None)
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_client_that_trusts_somebody_else_is_not_served(server: ServerProcess, tmp_path: Path) -> None:
+    credentials = grpc.ssl_channel_credentials(Certificates(tmp_path).bytes("authority.pem"))
+    with pytest.raises(grpc.RpcError) as refused:
+        models(server, credentials)
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
