@@ -1,6 +1,6 @@
 """Reads frames from clients: protobuf columns in, commands of arrays out. A bad command becomes failures in-band."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from cellserve.v1 import stream_pb2, values_pb2
+from cellserve_service.columns import StreamRequest, read_column
 from cellserve_service.errors import Refusal, invalid
 from cellserve_service.messages import (
     Acknowledge,
@@ -37,7 +38,7 @@ _AT = {
 def decode_frame(stream: int, frame: bytes, max_open_sessions: int) -> Iterator[Command | Failures]:
     """The commands of a frame, in order; Failures stand for what could not be read."""
     try:
-        request = stream_pb2.StreamRequest.FromString(frame)
+        request = StreamRequest.FromString(frame)
     except DecodeError:
         yield _failures(stream, [0], invalid("the frame is no cellserve.v1.StreamRequest"))
         return
@@ -50,8 +51,9 @@ def decode_frame(stream: int, frame: bytes, max_open_sessions: int) -> Iterator[
         try:
             yield from _DECODERS[kind](stream, columns, max_open_sessions)
         except Refusal as refusal:
-            requests = list(getattr(columns, "requests", ())) or [0]
-            yield _failures(stream, requests, refusal)
+            known = getattr(columns, "requests", b"")
+            requests = read_column(known[: len(known) // 8 * 8], "<u8").tolist()
+            yield _failures(stream, requests or [0], refusal)
 
 
 def decode_outputs(request: values_pb2.OutputRequest) -> OutputSpec:
@@ -82,26 +84,25 @@ def decode_vectors(block: values_pb2.FloatBlock, num_tokens: int | None, field: 
     return np.frombuffer(block.values, "<f4").astype(np.float32, copy=False).reshape(shape)
 
 
-def _runs(stream: int, columns: stream_pb2.RunCommand, _: int) -> Iterator[Command | Failures]:
+def _runs(stream: int, columns: Any, _: int) -> Iterator[Command | Failures]:
     requests = _requests(columns.requests)
     number = len(requests)
-    counts = _optional(columns.counts, np.int64, number, "counts")
-    if counts is None:
-        counts = np.ones(number, np.int64)
+    told_counts = _optional(columns.counts, "<u4", number, "counts")
+    counts = np.ones(number, np.int64) if told_counts is None else told_counts.astype(np.int64)
     tokens, vectors = None, None
-    num_tokens = int(counts.sum())
+    num_tokens = number if told_counts is None else int(counts.sum())
     if columns.HasField("vectors"):
         vectors = decode_vectors(columns.vectors, num_tokens, "vectors")
     else:
-        tokens = np.fromiter(columns.tokens, np.uint32, len(columns.tokens))
+        tokens = _numbers(columns.tokens, "<u4", "tokens")
         if len(tokens) != num_tokens:
             raise invalid(f"there are {len(tokens)} tokens for counts that sum to {num_tokens}", "tokens")
     positions = _positions(columns.positions, number, "positions")
-    timeouts = _optional(columns.timeouts_milliseconds, np.float64, number, "timeouts_milliseconds")
+    timeouts = _optional(columns.timeouts_milliseconds, "<u4", number, "timeouts_milliseconds")
     yield SubmitRuns(
         stream=stream,
         requests=requests,
-        handles=_column(columns.handles, np.uint64, number, "handles"),
+        handles=_column(columns.handles, "<u8", number, "handles"),
         session_ids=None,
         counts=counts,
         tokens=tokens,
@@ -113,7 +114,7 @@ def _runs(stream: int, columns: stream_pb2.RunCommand, _: int) -> Iterator[Comma
     )
 
 
-def _open(stream: int, columns: stream_pb2.OpenCommand, max_open_sessions: int) -> Iterator[Command | Failures]:
+def _open(stream: int, columns: Any, max_open_sessions: int) -> Iterator[Command | Failures]:
     requests = _requests(columns.requests)
     if len(requests) > max_open_sessions:
         raise invalid(f"{len(requests)} sessions in one command; at most {max_open_sessions}", "requests")
@@ -148,20 +149,20 @@ def _open(stream: int, columns: stream_pb2.OpenCommand, max_open_sessions: int) 
     )
 
 
-def _reset(stream: int, columns: stream_pb2.ResetCommand, _: int) -> Iterator[Command]:
+def _reset(stream: int, columns: Any, _: int) -> Iterator[Command]:
     yield ResetSessions(_target(stream, columns))
 
 
-def _close(stream: int, columns: stream_pb2.CloseCommand, _: int) -> Iterator[Command]:
+def _close(stream: int, columns: Any, _: int) -> Iterator[Command]:
     yield CloseSessions(_target(stream, columns))
 
 
-def _cancel(stream: int, columns: stream_pb2.CancelCommand, _: int) -> Iterator[Command]:
-    yield CancelRuns(stream, np.fromiter(columns.runs, np.uint64, len(columns.runs)))
+def _cancel(stream: int, columns: Any, _: int) -> Iterator[Command]:
+    yield CancelRuns(stream, _numbers(columns.runs, "<u8", "runs"))
 
 
-def _acknowledge(stream: int, columns: stream_pb2.AcknowledgeCommand, _: int) -> Iterator[Command]:
-    handles = np.fromiter(columns.handles, np.uint64, len(columns.handles))
+def _acknowledge(stream: int, columns: Any, _: int) -> Iterator[Command]:
+    handles = _numbers(columns.handles, "<u8", "handles")
     positions = _positions(columns.positions, len(handles), "positions")
     if positions is not None:
         yield Acknowledge(stream, handles, positions)
@@ -177,13 +178,13 @@ _DECODERS: dict[str, Any] = {
 }
 
 
-def _target(stream: int, columns: stream_pb2.ResetCommand | stream_pb2.CloseCommand) -> SessionTarget:
+def _target(stream: int, columns: Any) -> SessionTarget:
     requests = _requests(columns.requests)
-    return SessionTarget(stream, requests, _column(columns.handles, np.uint64, len(requests), "handles"))
+    return SessionTarget(stream, requests, _column(columns.handles, "<u8", len(requests), "handles"))
 
 
-def _requests(column: Sequence[int]) -> U64Array:
-    requests = np.fromiter(column, np.uint64, len(column))
+def _requests(column: bytes) -> U64Array:
+    requests = _numbers(column, "<u8", "requests")
     if not len(requests):
         raise invalid("the command has no rows", "requests")
     if not requests.all():
@@ -191,21 +192,29 @@ def _requests(column: Sequence[int]) -> U64Array:
     return requests
 
 
-def _column(column: Sequence[int], dtype: type[Any], number: int, field: str) -> NDArray[Any]:
-    if len(column) != number:
-        raise invalid(f"column {field} has {len(column)} rows for {number} requests", field)
-    return np.fromiter(column, dtype, number)
+def _numbers(column: bytes, dtype: str, field: str) -> NDArray[Any]:
+    try:
+        return read_column(column, dtype)
+    except ValueError:
+        raise invalid(f"column {field} is cut off", field) from None
 
 
-def _optional(column: Sequence[int], dtype: type[Any], number: int, field: str) -> NDArray[Any] | None:
-    return _column(column, dtype, number, field) if len(column) else None
+def _column(column: bytes, dtype: str, number: int, field: str) -> NDArray[Any]:
+    numbers = _numbers(column, dtype, field)
+    if len(numbers) != number:
+        raise invalid(f"column {field} has {len(numbers)} rows for {number} requests", field)
+    return numbers
 
 
-def _positions(column: Sequence[int], number: int, field: str) -> IntArray | None:
-    positions = _optional(column, np.uint64, number, field)
+def _optional(column: bytes, dtype: str, number: int, field: str) -> NDArray[Any] | None:
+    return _column(column, dtype, number, field) if column else None
+
+
+def _positions(column: bytes, number: int, field: str) -> IntArray | None:
+    positions = _optional(column, "<u8", number, field)
     if positions is None:
         return None
-    if (positions > MAX_POSITION).any():
+    if int(positions.max(initial=0)) > MAX_POSITION:
         raise invalid(f"a position is out of range: at most {MAX_POSITION}", field)
     return positions.astype(np.int64)
 

@@ -1,10 +1,12 @@
 """Writes frames to clients: events of arrays in, protobuf columns out, in messages that stay under a size."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from cellserve.v1 import stream_pb2, values_pb2
+from cellserve.v1 import values_pb2
+from cellserve_service.columns import StreamResponse, write_column
 from cellserve_service.messages import (
     Answers,
     Done,
@@ -28,13 +30,26 @@ def encode_outputs(outputs: OutputArrays) -> values_pb2.OutputColumns:
         message.next_tokens.extend(outputs.next_tokens.tolist())
     if outputs.top_tokens is not None:
         message.top_tokens.extend(outputs.top_tokens.ravel().tolist())
+    _add_float_blocks(message, outputs)
+    return message
+
+
+def _add_outputs(columns: Any, outputs: OutputArrays) -> None:
+    """The same, into a message whose columns are bytes."""
+    if outputs.next_tokens is not None:
+        columns.next_tokens = write_column(outputs.next_tokens, "<u4")
+    if outputs.top_tokens is not None:
+        columns.top_tokens = write_column(outputs.top_tokens, "<u4")
+    _add_float_blocks(columns, outputs)
+
+
+def _add_float_blocks(columns: Any, outputs: OutputArrays) -> None:
     for name in ("top_logprobs", "logprobs", "head_outputs", "states", "gates"):
         array = getattr(outputs, name)
         if array is not None:
-            block = getattr(message, name)
+            block = getattr(columns, name)
             block.shape.extend(array.shape)
             block.values = np.ascontiguousarray(array, "<f4").tobytes()
-    return message
 
 
 def output_bytes(outputs: OutputArrays) -> int:
@@ -65,14 +80,14 @@ def event_bytes(event: Event) -> int:
 
 def encode_events(events: Sequence[Event], max_bytes: int) -> Iterator[bytes]:
     """Frames for one stream, in order; answers that are too large for one frame are split between their rows."""
-    response = stream_pb2.StreamResponse()
+    response = StreamResponse()
     size = 0
     for event in events:
         for part in _parts(event, max_bytes):
             part_bytes = event_bytes(part)
             if size and size + part_bytes > max_bytes:
                 yield response.SerializeToString()
-                response = stream_pb2.StreamResponse()
+                response = StreamResponse()
                 size = 0
             _add(response, part)
             size += part_bytes
@@ -96,41 +111,43 @@ def _parts(event: Event, max_bytes: int) -> Iterator[Event]:
     yield event.rows(first, len(sizes))
 
 
-def _add(response: stream_pb2.StreamResponse, event: Event) -> None:
+def _add(response: Any, event: Event) -> None:
     added = response.events.add()
     match event:
         case Answers():
             answers = added.answers
-            answers.requests.extend(event.requests.tolist())
-            answers.positions.extend(event.positions.tolist())
+            answers.requests = write_column(event.requests, "<u8")
+            answers.positions = write_column(event.positions, "<u8")
             if (event.counts != 1).any():
-                answers.counts.extend(event.counts.tolist())
+                answers.counts = write_column(event.counts, "<u4")
             if event.remaining.any():
-                answers.remaining.extend(event.remaining.tolist())
-            answers.outputs.CopyFrom(encode_outputs(event.outputs))
+                answers.remaining = write_column(event.remaining, "<u4")
+            answers.outputs.SetInParent()
+            _add_outputs(answers.outputs, event.outputs)
         case Failures():
-            failures = added.failures
-            failures.requests.extend(event.requests.tolist())
-            failures.codes.extend([refusal.code for refusal in event.refusals])
-            failures.reasons.extend([refusal.reason for refusal in event.refusals])
-            failures.positions.extend([refusal.position for refusal in event.refusals])
-            failures.retry_after_milliseconds.extend([refusal.retry_after_milliseconds for refusal in event.refusals])
-            failures.messages.extend([refusal.message for refusal in event.refusals])
+            failures, refusals = added.failures, event.refusals
+            failures.requests = write_column(event.requests, "<u8")
+            failures.codes = write_column(np.array([refusal.code for refusal in refusals]), "<u4")
+            failures.reasons.extend([refusal.reason for refusal in refusals])
+            failures.positions = write_column(np.array([refusal.position for refusal in refusals]), "<u8")
+            delays = np.array([refusal.retry_after_milliseconds for refusal in refusals])
+            failures.retry_after_milliseconds = write_column(delays, "<u4")
+            failures.messages.extend([refusal.message for refusal in refusals])
         case Opened():
             opened = added.opened
-            opened.requests.extend(event.requests.tolist())
+            opened.requests = write_column(event.requests, "<u8")
             opened.session_ids.extend(event.session_ids)
-            opened.handles.extend(event.handles.tolist())
-            opened.positions.extend(event.positions.tolist())
-            opened.epochs.extend(event.epochs.tolist())
+            opened.handles = write_column(event.handles, "<u8")
+            opened.positions = write_column(event.positions, "<u8")
+            opened.epochs = write_column(event.epochs, "<u8")
             opened.created.extend(event.created.tolist())
         case Done():
             done = added.done
-            done.requests.extend(event.requests.tolist())
-            done.handles.extend(event.handles.tolist())
-            done.epochs.extend(event.epochs.tolist())
+            done.requests = write_column(event.requests, "<u8")
+            done.handles = write_column(event.handles, "<u8")
+            done.epochs = write_column(event.epochs, "<u8")
         case SessionEnded():
-            added.ended.handles.extend(event.handles.tolist())
+            added.ended.handles = write_column(event.handles, "<u8")
             added.ended.reasons.extend([event.reason] * len(event.handles))
         case Draining():
             added.draining.timeout_milliseconds = int(1000 * event.timeout_seconds)

@@ -1,0 +1,67 @@
+"""The contract's stream messages with every column as bytes, so that numpy reads and writes it without a loop.
+
+On the wire a packed column of fixed-width integers is its little-endian bytes behind a tag and a length, just like a
+field of bytes. So the classes here, made from the contract's descriptors with `bytes` in place of `repeated fixed32`
+and `repeated fixed64`, read and write the same frames. A column that is not sent packed and whole, as every proto3
+encoder sends it, is not seen here, and its command is refused for columns of unequal length.
+"""
+
+from typing import Any
+
+import numpy as np
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+from numpy.typing import NDArray
+
+from cellserve.v1 import stream_pb2, values_pb2
+
+_PACKAGE = "cellserve_service.columns"
+_FIXED = (FieldDescriptorProto.TYPE_FIXED32, FieldDescriptorProto.TYPE_FIXED64)
+
+
+def _add_with_byte_columns(file: Any) -> None:
+    """Add a copy of a contract file to the default pool, its columns as bytes, its messages under our package."""
+    copy = FileDescriptorProto()
+    file.CopyToProto(copy)
+    own = {f".{copy.package}.{message.name}" for message in copy.message_type}
+    copy.package = _PACKAGE
+    copy.name = f"cellserve_service/columns/{copy.name.rpartition('/')[2]}"
+    del copy.enum_type[:]
+    copy.dependency.append(file.name)
+    if file is not values_pb2.DESCRIPTOR:
+        copy.dependency.append("cellserve_service/columns/values.proto")
+        own |= {f".cellserve.v1.{name}" for name in values_pb2.DESCRIPTOR.message_types_by_name}
+    for message in copy.message_type:
+        for field in message.field:
+            if field.type in _FIXED and field.label == FieldDescriptorProto.LABEL_REPEATED:
+                field.type = FieldDescriptorProto.TYPE_BYTES
+                field.label = FieldDescriptorProto.LABEL_OPTIONAL
+            elif field.type_name in own:
+                field.type_name = f".{_PACKAGE}.{field.type_name.rpartition('.')[2]}"
+    descriptor_pool.Default().AddSerializedFile(copy.SerializeToString())
+
+
+_add_with_byte_columns(values_pb2.DESCRIPTOR)
+_add_with_byte_columns(stream_pb2.DESCRIPTOR)
+
+
+def _message_class(name: str) -> type[Message]:
+    found: type[Message] = GetMessageClass(descriptor_pool.Default().FindMessageTypeByName(f"{_PACKAGE}.{name}"))
+    return found
+
+
+# Typed as the messages they mirror would be too strict, for their columns are bytes.
+StreamRequest: Any = _message_class("StreamRequest")
+StreamResponse: Any = _message_class("StreamResponse")
+
+
+def read_column(column: bytes, dtype: str) -> NDArray[Any]:
+    """A column's numbers. dtype: '<u4' or '<u8'. Raises ValueError where the bytes are no whole numbers."""
+    return np.frombuffer(column, dtype)
+
+
+def write_column(numbers: NDArray[Any], dtype: str) -> bytes:
+    """A column's bytes. dtype: '<u4' or '<u8'."""
+    return np.ascontiguousarray(numbers, dtype).tobytes()
