@@ -149,7 +149,7 @@ def test_a_server_with_nothing_to_do_ends_at_once(start: Start, number: signal.S
         for session in sessions:
             expect(session.stream.ending(), "DRAINING")
         assert server.wait() == 0
-        assert time.monotonic() - begun_at < 3
+        assert time.monotonic() - begun_at < 5
     assert "Traceback" not in server.log
 
 

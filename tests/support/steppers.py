@@ -78,7 +78,8 @@ class FakeModel:
     def logits(self, state: FloatArray) -> FloatArray:
         top = state[-1].astype(np.int64)
         units = np.arange(self.output_size or 0)
-        return (((units + 2) * top[units % self.state_size] + 13 * units) % 97 / 8).astype(np.float32)
+        logits: FloatArray = (((units + 2) * top[units % self.state_size] + 13 * units) % 97 / 8).astype(np.float32)
+        return logits
 
     def draw(self, state: FloatArray, position: int, seed: int, temperature: float, top_k: int, top_p: float) -> int:
         """The token sampled at a position: a function of the state, the settings and nothing else."""
@@ -249,7 +250,8 @@ class FakeStepper:
 
 def _log_softmax(logits: FloatArray) -> FloatArray:
     shifted = logits.astype(np.float64) - logits.max(initial=0.0)
-    return (shifted - np.log(np.exp(shifted).sum())).astype(np.float32)
+    logprobs: FloatArray = (shifted - np.log(np.exp(shifted).sum())).astype(np.float32)
+    return logprobs
 
 
 def _stack(rows: Sequence[NDArray[np.generic]], empty: tuple[int, ...], dtype: type = np.float32) -> NDArray:  # type: ignore[type-arg]
