@@ -40,10 +40,12 @@ class RequestMemory:
             return await call()
         if len(request_id) > MAX_REQUEST_ID_LENGTH:
             raise invalid(f"the request id has over {MAX_REQUEST_ID_LENGTH} characters", "request_id")
-        self._forget()
+        self._forget_old()
         asked = type(request).__name__.encode() + request.SerializeToString(deterministic=True)
         known = self._remembered.get(request_id)
         if known is None:
+            if len(self._remembered) >= self._max_answers:
+                self._remembered.popitem(last=False)
             # The call goes on when its first caller goes away: a repeat may be on its way already.
             answer = asyncio.ensure_future(call())
             known = _Remembered(asked, answer, self._clock())
@@ -60,10 +62,7 @@ class RequestMemory:
             if known is not None and known.answer is done:
                 del self._remembered[request_id]
 
-    def _forget(self) -> None:
+    def _forget_old(self) -> None:
         oldest = self._clock() - self._seconds
-        while self._remembered:
-            known = next(iter(self._remembered.values()))
-            if known.at >= oldest and len(self._remembered) < self._max_answers:
-                return
+        while self._remembered and next(iter(self._remembered.values())).at < oldest:
             self._remembered.popitem(last=False)

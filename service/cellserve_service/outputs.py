@@ -162,12 +162,12 @@ class OutputLayout:
             start += width
 
     def unpack(self, words: WordArray) -> OutputArrays:
-        """The arrays of rows packed before. words: (R, row_words)."""
+        """The arrays of rows packed before, as copies. words: (R, row_words)."""
         arrays: dict[str, Any] = {}
         start = 0
         for name, shape in self.shapes:
             width = int(np.prod(shape, dtype=np.int64))
-            column: NDArray[Any] = np.ascontiguousarray(words[:, start : start + width])
+            column: NDArray[Any] = words[:, start : start + width].copy()
             if name not in ("next_tokens", "top_tokens"):
                 column = column.view(np.float32)
             arrays[name] = column.reshape(len(words), *shape)

@@ -1,0 +1,598 @@
+"""Drives an engine and the plain sessions side by side, and compares what they say after every step."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from cellserve.v1.stream_pb2 import Durability, OpenMode
+from cellserve_service import messages
+from cellserve_service.engine import Engine, Tick
+from cellserve_service.generation import GenerateTick
+from cellserve_service.limits import EngineLimits
+from cellserve_service.messages import Command, Event, InitialState, SessionTarget, SubmitGenerate
+from cellserve_service.outputs import NO_OUTPUTS, OutputSpec
+from cellserve_service.run_tick import RunTick
+from cellserve_service.statistics import Statistics
+from tests.service.engine_checks import check_engine, check_nothing_left
+from tests.service.plain_service import PlainService
+from tests.service.plain_sessions import Grip, PlainGenerate, PlainRun, PlainSession
+from tests.service.records import Record, flat_records
+from tests.support.steppers import FakeModel, FakeStepper
+
+__all__ = ["UNARY", "Driver", "Row"]
+
+TOKENS = FakeModel()
+VECTORS = FakeModel(name="vectors", vocab_size=None, input_size=2, output_size=2, gate_names=(), num_layers=1)
+UNARY = 1  # the stream of unary calls: it holds no session, is told of no drain, and never ends
+
+_LAST_WORDS = {"failed", "opened", "done", "exported", "forked", "listed"}
+
+
+class Row:
+    """One row of a run command: tokens of a session, addressed by handle or by id."""
+
+    def __init__(
+        self,
+        session: int | str,
+        tokens: Sequence[int] | Sequence[tuple[float, ...]],
+        position: int | None = None,
+        *,
+        timeout: float = 0.0,
+        acknowledged: int = 0,
+    ) -> None:
+        self.session, self.position = session, position
+        self.tokens = tuple(tokens)
+        self.timeout, self.acknowledged = timeout, acknowledged
+
+
+class Driver:
+    """An engine on fake steppers beside the plain sessions. Every call checks that both say and hold the same."""
+
+    def __init__(
+        self, limits: EngineLimits | None = None, *, num_slots: int = 4, max_batch: int = 4, models: int = 2
+    ) -> None:
+        self.limits = limits or EngineLimits(max_sessions=8)
+        self.models = [TOKENS, VECTORS][:models]
+        self.steppers = [FakeStepper(model, num_slots, max_batch) for model in self.models]
+        self.statistics = Statistics()
+        self.engine = Engine(self.steppers, self.limits, self.statistics)
+        for served in self.engine.core.served:
+            # So small that they are compacted all the time.
+            for pool in (served.runs.token_pool, served.runs.held_pool):
+                pool.rows = pool.rows[:4]
+        sessions = self.engine.core.sessions
+        self.plain = PlainService(self.models, self.limits, lambda session_id: sessions.row_by_id[session_id])
+        self.ticks: deque[Tick] = deque()
+        self.unanswered: set[tuple[int, int]] = set()
+        self.said: list[Record] = []  # by the last step
+        self.agrees = True  # so far
+        self.num_drained = 0
+        self._taken: list[tuple[list[Event], list[tuple[Record, int]]]] = []
+        self._numbers = itertools.count(1)
+        self._streams = itertools.count(UNARY + 1)
+
+    @property
+    def now(self) -> float:
+        return self.plain.now
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why requests were refused by the last step."""
+        return [str(record.facts[0]) for record in self.said if record.kind == "failed"]
+
+    @property
+    def is_drained(self) -> bool:
+        return self.num_drained > 0
+
+    def kinds(self, request: int) -> list[str]:
+        """What a request was told by the last step."""
+        return [record.kind for record in self.said if record.request == request]
+
+    def plain_of(self, session_id: str) -> PlainSession:
+        return self.plain.sessions[session_id]
+
+    # Streams.
+
+    def new_stream(self) -> int:
+        stream = next(self._streams)
+        self.plain.streams.add(stream)
+        self._handle(messages.StartStream(stream))
+        if self.plain.draining:
+            self.plain.say("draining", stream, 0, self._drain_seconds())
+        self._compare()
+        return stream
+
+    def end_stream(self, stream: int) -> None:
+        self._handle(messages.EndStream(stream))
+        self.plain.end_stream(stream)
+        self._compare()
+        self.unanswered = {asked for asked in self.unanswered if asked[0] != stream}
+
+    def pause(self, stream: int, paused: bool = True) -> None:
+        self._handle(messages.SetStreamPaused(stream, paused))
+        (self.plain.paused.add if paused else self.plain.paused.discard)(stream)
+        self._compare()
+
+    def drain(self, timeout_seconds: float = 30.0) -> None:
+        self._handle(messages.Drain(timeout_seconds))
+        self.plain.draining = True
+        self._drain_until = self.now + timeout_seconds
+        for stream in sorted(self.plain.streams):
+            self.plain.say("draining", stream, 0, timeout_seconds)
+        self._compare()
+
+    def _drain_seconds(self) -> float:
+        return max(0.0, self._drain_until - self.now)
+
+    # Opening.
+
+    def open(
+        self,
+        stream: int,
+        ids: Sequence[str] | None = None,
+        *,
+        count: int = 1,
+        model: str = "fake",
+        mode: OpenMode.ValueType = OpenMode.OPEN_MODE_UNSPECIFIED,
+        states: Sequence[InitialState] | None = None,
+        unary: bool = False,
+    ) -> list[int]:
+        """Requests, one for each row. unary: all or none, and held by no stream."""
+        number = count if ids is None else len(ids)
+        requests = [self._ask(stream)] * number if unary else [self._ask(stream) for _ in range(number)]
+        command = messages.OpenSessions(
+            stream,
+            np.array(requests, np.uint64),
+            model,
+            ids,
+            mode,
+            Durability.DURABILITY_UNSPECIFIED,
+            states,
+            all_or_none=unary,
+            attach=not unary,
+        )
+        records = self._handle(command)
+        if ids is None:
+            given = {record.request: str(record.facts[0]) for record, _ in records if record.kind == "opened"}
+            in_order = [str(record.facts[0]) for record, _ in records if record.kind == "opened"]
+            ids = in_order if unary else [given.get(request, f"none-{request}") for request in requests]
+            ids = ids or [f"none-{place}" for place in range(number)]
+        self.plain.open(stream, requests, ids, model, mode, states, all_or_none=unary, attach=not unary)
+        self._compare()
+        return requests
+
+    def opened(self, stream: int, session_id: str, **settings: Any) -> int:
+        """The handle of a session that is opened at once."""
+        self.open(stream, [session_id], **settings)
+        grip = self.plain.sessions[session_id].grip
+        assert grip is not None
+        assert grip.handle is not None
+        return grip.handle
+
+    # Runs.
+
+    def run(self, stream: int, *rows: Row, outputs: OutputSpec = NO_OUTPUTS) -> list[int]:
+        """Submit runs; positions are sent if the first row has one, timeouts and acknowledgements if any has."""
+        requests = [self._ask(stream) for _ in rows]
+        by_id = isinstance(rows[0].session, str)
+        has_positions = rows[0].position is not None
+        flat: list[Any] = [token for row in rows for token in row.tokens]
+        tokens, vectors = None, None
+        if flat and isinstance(flat[0], tuple):
+            vectors = np.array(flat, np.float32)
+        else:
+            tokens = np.array(flat, np.uint32)
+        timeouts, acknowledged = [row.timeout for row in rows], [row.acknowledged for row in rows]
+        self._handle(
+            messages.SubmitRuns(
+                stream=stream,
+                requests=np.array(requests, np.uint64),
+                handles=None if by_id else np.array([row.session for row in rows], np.uint64),
+                session_ids=[str(row.session) for row in rows] if by_id else None,
+                counts=np.array([len(row.tokens) for row in rows], np.int64),
+                tokens=tokens,
+                vectors=vectors,
+                positions=np.array([row.position for row in rows], np.int64) if has_positions else None,
+                timeouts_seconds=np.array(timeouts) if any(timeouts) else None,
+                acknowledged=np.array(acknowledged, np.int64) if any(acknowledged) else None,
+                outputs=outputs,
+            )
+        )
+        self._expect_runs(stream, requests, rows, outputs, any(acknowledged), has_positions)
+        self._compare()
+        return requests
+
+    def submit_raw(self, stream: int, session: int | str, **columns: Any) -> list[str]:
+        """One run past the plain sessions, whatever its columns are; returns why it was refused."""
+        is_id = isinstance(session, str)
+        values: Any = columns.get("vectors", columns.get("tokens"))
+        if "tokens" in columns:
+            columns["tokens"] = np.array(columns["tokens"], np.uint32)
+        command: dict[str, Any] = {
+            "stream": stream,
+            "requests": np.array([next(self._numbers)], np.uint64),
+            "handles": None if is_id else np.array([session], np.uint64),
+            "session_ids": [session] if is_id else None,
+            "counts": np.array([len(values)], np.int64),
+            "tokens": None,
+            "vectors": None,
+            "positions": None,
+            "timeouts_seconds": None,
+            "acknowledged": None,
+            "outputs": NO_OUTPUTS,
+            **columns,
+        }
+        self.engine.handle(messages.SubmitRuns(**command), self.now)
+        records = flat_records(self.engine.take_events())
+        return [str(record.facts[0]) for record, _ in records]
+
+    def _expect_runs(
+        self,
+        stream: int,
+        requests: Sequence[int],
+        rows: Sequence[Row],
+        outputs: OutputSpec,
+        acknowledges: bool,
+        has_positions: bool,
+    ) -> None:
+        plain = self.plain
+        found: list[tuple[int, Row, PlainSession]] = []
+        for request, row in zip(requests, rows, strict=True):
+            session = self._find(stream, row.session)
+            if isinstance(session, str):
+                plain.refuse(stream, request, session)
+            else:
+                found.append((request, row, session))
+                if acknowledges:
+                    plain.acknowledge(session, row.acknowledged)
+        turns = Counter[int]()
+        by_turn: list[tuple[int, int, Row, PlainSession]] = []
+        for request, row, session in found:
+            reason = self._why_invalid(row, session, found[0][2], outputs)
+            if reason is None and turns[id(session)] >= self.limits.max_session_pending_tokens:
+                reason = "QUEUE_FULL"
+            if reason is not None:
+                plain.refuse(stream, request, reason)
+                continue
+            by_turn.append((turns[id(session)], request, row, session))
+            turns[id(session)] += 1
+        # Rows of a session in their order; between sessions, first rows first.
+        for _, request, row, session in sorted(by_turn, key=lambda entry: entry[0]):
+            deadline = self.now + row.timeout if row.timeout else np.inf
+            position = row.position if has_positions else None
+            plain.submit(session, stream, request, row.tokens, outputs, position, deadline)
+
+    def _why_invalid(self, row: Row, session: PlainSession, first: PlainSession, outputs: OutputSpec) -> str | None:
+        """Why a run cannot be taken, wherever its session stands."""
+        model = session.model
+        if model is not first.model:
+            return "INVALID_INPUT"
+        of_vocabulary = outputs.next_token or outputs.top_k or outputs.logprobs
+        if outputs.wants and ((outputs.gates and not model.gate_names) or (of_vocabulary and model.vocab_size is None)):
+            return "OUTPUT_UNSUPPORTED"
+        if not 1 <= len(row.tokens) <= self.limits.max_run_tokens:
+            return "INVALID_INPUT"
+        values = np.array(row.tokens)
+        if model.vocab_size is None:
+            return None if values.ndim == 2 and np.isfinite(values).all() else "INVALID_INPUT"
+        return None if values.ndim == 1 and values.max() < model.vocab_size else "INVALID_INPUT"
+
+    def acknowledge(self, stream: int, handles: Sequence[int], positions: Sequence[int]) -> None:
+        self._handle(messages.Acknowledge(stream, np.array(handles, np.uint64), np.array(positions, np.int64)))
+        for handle, position in zip(handles, positions, strict=True):
+            session = self.plain.by_handle(stream, handle)
+            if not isinstance(session, str):
+                self.plain.acknowledge(session, position)
+        self._compare()
+
+    def cancel(self, stream: int, *requests: int) -> None:
+        self._handle(messages.CancelRuns(stream, np.array(requests, np.uint64)))
+        self.plain.cancel(stream, set(requests))
+        self._compare()
+
+    def generate(
+        self,
+        session_id: str,
+        max_tokens: int = 8,
+        position: int | None = None,
+        *,
+        stream: int = UNARY,
+        temperature: float = 1.0,
+        seed: int = 5,
+        stop_tokens: tuple[int, ...] = (),
+    ) -> int:
+        request = self._ask(stream)
+        command = SubmitGenerate(
+            stream, request, session_id, position, max_tokens, temperature, 0, 1.0, seed, stop_tokens
+        )
+        self._handle(command)
+        session = self.plain.by_id(session_id)
+        if isinstance(session, str):
+            self.plain.refuse(stream, request, session)
+        elif session.model.vocab_size is None:
+            self.plain.refuse(stream, request, "OUTPUT_UNSUPPORTED")
+        elif any(token >= session.model.vocab_size for token in stop_tokens):
+            self.plain.refuse(stream, request, "INVALID_INPUT")
+        else:
+            self.plain.generate(session, command)
+        self._compare()
+        return request
+
+    # Operations.
+
+    def reset(self, stream: int, *sessions: int | str) -> list[int]:
+        return self._operate(
+            stream, sessions, messages.ResetSessions, lambda s, request: self.plain.replace(s, stream, request, None)
+        )
+
+    def close(self, stream: int, *sessions: int | str) -> list[int]:
+        return self._operate(
+            stream,
+            sessions,
+            messages.CloseSessions,
+            lambda s, request: self.plain.close(s, stream, request),
+            refuse_busy=False,
+        )
+
+    def export(self, session_id: str) -> int:
+        return self._operate(
+            UNARY, [session_id], messages.ExportSession, lambda s, request: self.plain.export(s, UNARY, request)
+        )[0]
+
+    def import_state(self, session_id: str, state: InitialState) -> int:
+        def act(session: PlainSession, request: int) -> None:
+            if state.fingerprint != session.model.fingerprint:
+                self.plain.refuse(UNARY, request, "STATE_MISMATCH")
+            else:
+                self.plain.replace(session, UNARY, request, state)
+
+        return self._operate(UNARY, [session_id], lambda target: messages.ImportSession(target, state), act)[0]
+
+    def import_plain(self, session_id: str, position: int, value: float = 5.0) -> int:
+        """Import a state of equal numbers."""
+        model = self.plain_of(session_id).model
+        values = np.full((model.num_layers, model.state_size), value, np.float32)
+        return self.import_state(session_id, InitialState(model.fingerprint, position, values))
+
+    def fork(self, session_id: str, fork_id: str) -> int:
+        return self._operate(
+            UNARY,
+            [session_id],
+            lambda target: messages.ForkSession(target, fork_id),
+            lambda s, request: self.plain.fork(s, UNARY, request, fork_id),
+        )[0]
+
+    def get(self, session_id: str) -> int:
+        def act(session: PlainSession, request: int) -> None:
+            self.plain.say("listed", UNARY, request, (self._facts(session),), 1, False)
+
+        return self._operate(UNARY, [session_id], messages.GetSession, act, refuse_busy=False)[0]
+
+    def _facts(self, session: PlainSession) -> tuple[object, ...]:
+        name, attached = session.model.name, session.owner != 0
+        return session.id, name, session.position, session.epoch, session.num_pending, attached
+
+    def list_page(self, after: str = "", page_size: int = 100, model: str = "") -> int:
+        request = self._ask(UNARY)
+        self._handle(messages.ListSessions(UNARY, request, model, after, page_size))
+        sessions = sorted((s for s in self.plain.sessions.values() if model in ("", s.model.name)), key=lambda s: s.id)
+        following = [s for s in sessions if s.id > after]
+        page = tuple(self._facts(s) for s in following[:page_size])
+        self.plain.say("listed", UNARY, request, page, len(sessions), len(following) > len(page))
+        self._compare()
+        return request
+
+    def _operate(
+        self,
+        stream: int,
+        sessions: Sequence[int | str],
+        command: Callable[[SessionTarget], Command],
+        act: Callable[[PlainSession, int], None],
+        *,
+        refuse_busy: bool = True,
+    ) -> list[int]:
+        requests = [self._ask(stream) for _ in sessions]
+        numbers = np.array(requests, np.uint64)
+        if isinstance(sessions[0], str):
+            target = SessionTarget(stream, numbers, session_ids=[str(session) for session in sessions])
+        else:
+            target = SessionTarget(stream, numbers, np.array(sessions, np.uint64))
+        self._handle(command(target))
+        for request, named in zip(requests, sessions, strict=True):
+            session = self._find(stream, named)
+            if isinstance(session, str):
+                self.plain.refuse(stream, request, session)
+            elif refuse_busy and session.generate is not None:
+                self.plain.refuse(stream, request, "SESSION_BUSY")
+            else:
+                act(session, request)
+        self._compare()
+        return requests
+
+    # Time and ticks.
+
+    def pass_time(self, seconds: float) -> None:
+        self.plain.now += seconds
+
+    def sweep(self) -> None:
+        self.agrees = False
+        self.engine.sweep(self.now)
+        self._records = self._take_records()
+        self.plain.sweep()
+        self._compare()
+
+    def begin(self) -> bool:
+        """Begin a tick; False when nothing was ready."""
+        self.agrees = False
+        tick = self.engine.begin_tick(self.now)
+        self._records = self._take_records()
+        for record, _ in self._records:
+            if record.facts[:1] == ("RUN_TIMED_OUT",):
+                self._time_out(record)
+        if tick is None:
+            self._check_idle()
+        else:
+            self.ticks.append(tick)
+            self._note_begun(tick)
+        self._compare()
+        return tick is not None
+
+    def finish(self) -> None:
+        """Finish the tick that was begun first."""
+        self.agrees = False
+        tick = self.ticks.popleft()
+        result: Any = self.engine.collect(tick)
+        self.engine.finish_tick(tick, result, self.now)
+        self._records = self._take_records()
+        counts = tick.counts if isinstance(tick, RunTick) else result.counts
+        for row, count in zip(tick.rows.tolist(), counts.tolist(), strict=True):
+            session = self._session_of(row)
+            if isinstance(tick, GenerateTick):
+                self.plain.sample(session, count)
+            else:
+                self.plain.advance(session, count)
+        self._compare()
+
+    def settle(self) -> None:
+        """Run ticks until nothing is ready."""
+        while self.ticks or self.begin():
+            self.finish()
+
+    def end(self) -> None:
+        """Let everything finish and close every session; nothing may be left."""
+        for stream in sorted(self.plain.paused):
+            self.pause(stream, paused=False)
+        self.settle()
+        assert not self.unanswered, self.unanswered
+        for session_id in sorted(self.plain.sessions):
+            self.export(session_id)
+            self.close(UNARY, session_id)
+        assert not self.unanswered, self.unanswered
+        check_nothing_left(self.engine.core)
+        # Events are written to the wire some time later: nothing that has happened since may have changed them.
+        assert all(flat_records(events) == records for events, records in self._taken)
+
+    def _note_begun(self, tick: Tick) -> None:
+        counts = tick.counts.tolist() if isinstance(tick, RunTick) else [1] * len(tick.rows)
+        rows = tick.rows.tolist()
+        assert len(set(rows)) == len(rows) <= tick.served.stepper.max_batch
+        for row, count in zip(rows, counts, strict=True):
+            session = self._session_of(row)
+            first = session.chain[0]
+            assert session.model.name == tick.served.info.name
+            assert not session.in_tick
+            session.in_tick = True
+            if isinstance(tick, GenerateTick):
+                assert isinstance(first, PlainGenerate)
+                continue
+            assert isinstance(first, PlainRun)
+            assert not self.plain.is_resting(session)
+            assert first.begun or first.deadline >= self.now
+            assert 1 <= count <= len(first.tokens) - first.done
+            first.begun = True
+
+    def _time_out(self, record: Record) -> None:
+        for session in self.plain.everything:
+            first = session.chain[0] if session.chain else None
+            if isinstance(first, PlainRun) and (first.stream, first.request) == (record.stream, record.request):
+                assert not first.begun
+                assert first.deadline < self.now
+                self.plain.give_up(session, [first], "RUN_TIMED_OUT")
+                return
+        raise AssertionError(f"{record} is of no run that could begin")
+
+    def _check_idle(self) -> None:
+        """Nothing was begun: no session could have been."""
+        for stepper in self.steppers:
+            of_model = [session for session in self.plain.everything if session.model is stepper.info]
+            if sum(session.in_tick for session in of_model) < stepper.num_slots:
+                assert all(s.in_tick or not s.chain or self.plain.is_resting(s) for s in of_model)
+
+    def _session_of(self, row: int) -> PlainSession:
+        return next(session for session in self.plain.everything if session.row == row)
+
+    # Comparing.
+
+    def _take_records(self) -> list[tuple[Record, int]]:
+        events = self.engine.take_events()
+        self._taken.append((events, flat_records(events)))
+        return list(self._taken[-1][1])
+
+    def _ask(self, stream: int) -> int:
+        request = next(self._numbers)
+        if stream in self.plain.streams or stream == UNARY:
+            self.unanswered.add((stream, request))
+        return request
+
+    def _find(self, stream: int, session: int | str) -> PlainSession | str:
+        return self.plain.by_id(session) if isinstance(session, str) else self.plain.by_handle(stream, session)
+
+    def _handle(self, command: Command) -> list[tuple[Record, int]]:
+        self.agrees = False
+        self.engine.handle(command, self.now)
+        self._records = self._take_records()
+        return self._records
+
+    def _compare(self) -> None:
+        """What the engine has said is what the plain sessions say; handles are learned where they are told."""
+        expected, self.plain.expected = self.plain.expected, []
+        if any(record.kind == "drained" for record, _ in self._records):
+            assert self.plain.draining
+            assert not any(session.chain for session in self.plain.everything)
+            self.num_drained += 1
+            self._records = [pair for pair in self._records if pair[0].kind != "drained"]
+        said = sorted(self._records, key=lambda pair: (*pair[0].sort_key(), pair[1]))
+        # Known handles first: what is left over is told for the first time.
+        wanted = sorted(expected, key=lambda pair: (*pair[0].sort_key(), _number(pair[1])))
+        of_engine, of_plain = Counter(record for record, _ in said), Counter(record for record, _ in wanted)
+        assert of_engine == of_plain, _difference(of_engine, of_plain)
+        _learn(said, wanted)
+        self.said = [record for record, _ in said]
+        answered = {
+            (r.stream, r.request) for r in self.said if _is_last(r) and r.stream in {UNARY, *self.plain.streams}
+        }
+        assert answered <= self.unanswered
+        self.unanswered -= answered
+        self._records = []
+        check_engine(self.engine.core)
+        self.agrees = True
+
+
+def _difference(of_engine: Counter[Record], of_plain: Counter[Record]) -> str:
+    only_engine, only_plain = list((of_engine - of_plain).elements()), list((of_plain - of_engine).elements())
+    return f"the engine says {only_engine[:5]}, the plain sessions {only_plain[:5]}"
+
+
+def _number(grip: Grip | None) -> float:
+    if grip is None:
+        return 0
+    return np.inf if grip.handle is None else grip.handle
+
+
+def _learn(said: Sequence[tuple[Record, int]], wanted: Sequence[tuple[Record, Grip | None]]) -> None:
+    """Match handles with grips among equal records."""
+    left = Counter((record, handle) for record, handle in said)
+    for record, grip in wanted:
+        if grip is None or grip.handle is not None:
+            key = (record, 0 if grip is None or grip.handle is None else grip.handle)
+            assert left[key] > 0, (record, grip)
+            left[key] -= 1
+    for record, grip in wanted:
+        if grip is not None and grip.handle is None:
+            handle = next(handle for (other, handle), number in left.items() if other == record and number)
+            left[record, handle] -= 1
+            grip.handle = handle
+
+
+def _is_last(record: Record) -> bool:
+    """Whether a request has its last answer with this."""
+    if record.kind == "answer":
+        return record.facts[2] == 0
+    if record.kind == "generated":
+        return bool(record.facts[3])
+    return record.kind in _LAST_WORDS

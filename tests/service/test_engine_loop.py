@@ -1,0 +1,130 @@
+"""The engine's turns on the event loop."""
+
+import asyncio
+
+import numpy as np
+
+from cellserve.v1.stream_pb2 import Durability, OpenMode
+from cellserve_service import messages
+from cellserve_service.engine import Engine
+from cellserve_service.engine_loop import EngineLoop
+from cellserve_service.limits import EngineLimits
+from cellserve_service.messages import Event
+from cellserve_service.outputs import NO_OUTPUTS
+from cellserve_service.statistics import Statistics
+from tests.support.steppers import FakeStepper
+
+
+class _Owner:
+    """An engine loop, and what it has delivered."""
+
+    def __init__(self) -> None:
+        self.stepper = FakeStepper()
+        self.events: list[Event] = []
+        self.deliveries: asyncio.Queue[int] = asyncio.Queue()
+        self.failures: list[BaseException] = []
+        self.num_clock_calls = 0
+        limits = EngineLimits(max_sessions=8, max_slice_tokens=2)
+        engine = Engine([self.stepper], limits, Statistics())
+        self.loop = EngineLoop(engine, deliver=self._deliver, failed=self.failures.append, clock=self._clock)
+
+    def open(self) -> None:
+        requests = np.array([1], np.uint64)
+        self.loop.post(
+            messages.OpenSessions(
+                5,
+                requests,
+                "fake",
+                ["a"],
+                OpenMode.OPEN_MODE_UNSPECIFIED,
+                Durability.DURABILITY_UNSPECIFIED,
+                None,
+                attach=False,
+            )
+        )
+
+    def step(self, request: int, num_tokens: int) -> None:
+        self.loop.post(
+            messages.SubmitRuns(
+                stream=5,
+                requests=np.array([request], np.uint64),
+                handles=None,
+                session_ids=["a"],
+                counts=np.array([num_tokens]),
+                tokens=np.ones(num_tokens, np.uint32),
+                vectors=None,
+                positions=None,
+                timeouts_seconds=None,
+                acknowledged=None,
+                outputs=NO_OUTPUTS,
+            )
+        )
+
+    def _clock(self) -> float:
+        self.num_clock_calls += 1
+        return float(self.num_clock_calls)
+
+    def _deliver(self, events: list[Event]) -> None:
+        assert events
+        self.events += events
+        self.deliveries.put_nowait(len(events))
+
+
+async def test_commands_are_taken_in_order_and_all_that_they_bring_is_delivered_together() -> None:
+    owner = _Owner()
+    owner.open()
+    owner.step(2, 1)
+    assert await owner.deliveries.get() == 2
+    assert [type(event) for event in owner.events] == [messages.Opened, messages.Answers]
+    owner.loop.stop()
+
+
+async def test_a_long_run_goes_on_from_turn_to_turn_and_lets_others_on_between() -> None:
+    owner = _Owner()
+    owner.open()
+    await owner.deliveries.get()
+    owner.step(2, 10)
+    num_ticks_seen = []
+    while owner.deliveries.empty():
+        num_ticks_seen.append(len(owner.stepper.batches))
+        await asyncio.sleep(0)
+    assert set(num_ticks_seen) >= {1, 2, 3, 4}
+    assert len(owner.stepper.batches) == 5
+    owner.loop.stop()
+
+
+async def _many_turns() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def test_a_fault_ends_the_engine_and_is_told_once() -> None:
+    owner = _Owner()
+    owner.open()
+    await owner.deliveries.get()
+    owner.stepper.failure = RuntimeError("the device is lost")
+    owner.step(2, 10)
+    await _many_turns()
+    owner.step(3, 1)
+    await _many_turns()
+    assert owner.failures == [owner.stepper.failure]
+    assert len(owner.stepper.batches) == 1
+
+
+async def test_a_stopped_engine_takes_no_more_turns() -> None:
+    owner = _Owner()
+    owner.open()
+    owner.loop.stop()
+    await _many_turns()
+    assert not owner.events
+
+
+async def test_an_idle_engine_asks_for_no_turns() -> None:
+    owner = _Owner()
+    owner.open()
+    owner.step(2, 9)
+    await _many_turns()
+    num_calls = owner.num_clock_calls
+    await _many_turns()
+    assert owner.num_clock_calls == num_calls
+    owner.loop.stop()
