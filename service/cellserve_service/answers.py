@@ -18,13 +18,15 @@ from cellserve_service.runs import NOT_HELD
 from cellserve_service.served import ServedModel
 from cellserve_service.stepping import IntArray, StepResult, Want
 
-_ARRAYS_BY_WANT: tuple[tuple[Want, tuple[tuple[str, str], ...]], ...] = (
-    (Want.NEXT_TOKEN, (("next_tokens", "next_tokens"),)),
-    (Want.TOP_K, (("top_tokens", "top_tokens"), ("top_logprobs", "top_logprobs"))),
-    (Want.LOGPROB, (("logprobs", "logprobs"),)),
-    (Want.HEAD_OUTPUT, (("head_outputs", "logits"),)),
-    (Want.STATE, (("states", "states"),)),
-    (Want.GATES, (("gates", "gates"),)),
+# Bits of Want as plain numbers, the arrays that they bring, and their names in a stepper's result.
+_TOP_K = int(Want.TOP_K)
+_ARRAYS_BY_WANT: tuple[tuple[int, tuple[tuple[str, str], ...]], ...] = (
+    (int(Want.NEXT_TOKEN), (("next_tokens", "next_tokens"),)),
+    (_TOP_K, (("top_tokens", "top_tokens"), ("top_logprobs", "top_logprobs"))),
+    (int(Want.LOGPROB), (("logprobs", "logprobs"),)),
+    (int(Want.HEAD_OUTPUT), (("head_outputs", "logits"),)),
+    (int(Want.STATE), (("states", "states"),)),
+    (int(Want.GATES), (("gates", "gates"),)),
 )
 
 
@@ -88,7 +90,7 @@ def _outputs_of(tick: RunTick, result: StepResult, spec: int, places: IntArray |
         for name, of_result in names:
             array = getattr(result, of_result)
             array = array if asked is None else array[asked]
-            arrays[name] = array[:, :top_k] if want is Want.TOP_K else array
+            arrays[name] = array[:, :top_k] if want == _TOP_K else array
     return OutputArrays(**arrays)
 
 

@@ -30,9 +30,8 @@ def end_stream(core: Core, stream: int) -> None:
 
 
 def set_paused(core: Core, stream: int, *, paused: bool) -> None:
-    """Let the sessions that a stream holds, or a generate that it asked for, rest while it is a slow reader."""
-    generates = any(generation.command.stream == stream for generation in core.generations.values())
-    if paused and (generates or stream in core.streams):
+    """Let the sessions that a stream holds, and the generates that it asked for, rest while it is a slow reader."""
+    if paused:
         core.paused_streams.add(stream)
         return
     core.paused_streams.discard(stream)

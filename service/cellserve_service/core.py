@@ -100,7 +100,12 @@ class Core:
             rows = rows[kinds == Kind.RUN]
         self._queue(served, Kind.RUN, rows)
 
-    def _queue(self, served: ServedModel, kind: Kind, rows: IntArray) -> None:
+    def go_on_with(self, row: int) -> None:
+        """The same for one session."""
+        if self.sessions.next_run[row] != NO_RUN and self.sessions.stage[row] == Stage.IDLE:
+            self.go_on(self.model_of(row), np.array([row], np.int64))
+
+    def _queue(self, served: ServedModel, kind: int, rows: IntArray) -> None:
         self.sessions.stage[rows] = Stage.READY
         served.ready[kind].push(rows)
 
@@ -144,10 +149,10 @@ class Core:
             self.events.append(SessionEnded(owner, handles, reason))
 
     def wake(self, row: int) -> None:
-        """Go on with a session that may have rested for a slow reader who does not matter any more."""
+        """Let a session go on that may have rested for a slow reader who does not matter any more."""
         if self.sessions.stage[row] == Stage.RESTING:
             self.sessions.stage[row] = Stage.IDLE
-        self.go_on(self.model_of(row), np.array([row], np.int64))
+            self.go_on_with(row)
 
     def withdraw(self, row: int, victims: Mapping[int, Refusal]) -> None:
         """Take runs that have not begun out of a session; the runs that counted on them are refused as a gap."""
@@ -182,10 +187,10 @@ class Core:
         first = int(sessions.next_run[row])
         if first in removed:
             if sessions.stage[row] == Stage.READY:
-                served.ready[Kind(runs.kind[first])].remove(row)
+                served.ready[runs.kind[first]].remove(row)
             sessions.stage[row] = Stage.IDLE
         runs.remove(row, removed)
-        self.go_on(served, np.array([row], np.int64))
+        self.go_on_with(row)
 
     def _refuse_removed(self, served: ServedModel, row: int, run: int, refusal: Refusal) -> None:
         runs = served.runs
@@ -210,7 +215,9 @@ class Core:
         served = self.model_of(row)
         victims = {run: refusal for run, refusal in refusals.items() if not self._hand_over(served, run, refusal)}
         self.withdraw(row, victims)
+        # What was handed over does not rest for the caller who gave it up.
         self.wake(row)
+        self.go_on_with(row)
 
     def _hand_over(self, served: ServedModel, run: int, refusal: Refusal) -> bool:
         joined = self.joined.get((served.index, run))

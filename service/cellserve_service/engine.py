@@ -104,7 +104,7 @@ class Engine:
             kind, served = self._turns[(self._turn + offset) % len(self._turns)]
             if not len(served.ready[kind]):
                 continue
-            begin = begin_run_tick if kind is Kind.RUN else begin_generate_tick
+            begin = begin_run_tick if kind == Kind.RUN else begin_generate_tick
             tick = begin(self.core, served)
             if tick is not None:
                 self._turn = (self._turn + offset + 1) % len(self._turns)

@@ -45,7 +45,7 @@ def submit_generate(core: Core, command: SubmitGenerate) -> None:
     if refusal is not None:
         core.refuse(command.stream, [command.request], [refusal])
     elif not isinstance(row, Refusal):
-        core.go_on(core.model_of(row), np.array([row], np.int64))
+        core.go_on_with(row)
 
 
 def _consider(core: Core, command: SubmitGenerate, row: int) -> Refusal | None:

@@ -212,9 +212,10 @@ class Opening:
             mismatch = check_state(served.info, command.states[place])
             if mismatch is not None:
                 return mismatch
-        row = core.sessions.resolve_id(session_id)
-        if isinstance(row, Refusal):
-            return row if command.mode == OpenMode.OPEN_MODE_ATTACH else None
+        row = core.sessions.row_by_id.get(session_id)
+        if row is None:
+            missing = core.sessions.resolve_id(session_id) if command.mode == OpenMode.OPEN_MODE_ATTACH else None
+            return missing if isinstance(missing, Refusal) else None
         exists = None
         if command.mode == OpenMode.OPEN_MODE_CREATE:
             exists = f"session {session_id!r} exists"

@@ -16,7 +16,7 @@ MAX_TICK_OUTPUT_BYTES = 64 << 20
 _LATE = Refusal(ErrorReason.ERROR_REASON_RUN_TIMED_OUT, "the run's timeout passed before it began")
 
 
-def choose_sessions(core: Core, served: ServedModel, kind: Kind) -> IntArray:
+def choose_sessions(core: Core, served: ServedModel, kind: int) -> IntArray:
     """The sessions that have waited longest, resident on the device and marked as being in a tick."""
     sessions, queue = core.sessions, served.ready[kind]
     chosen: list[IntArray] = []
@@ -31,7 +31,7 @@ def choose_sessions(core: Core, served: ServedModel, kind: Kind) -> IntArray:
     if not chosen:
         return np.empty(0, np.int64)
     rows = chosen[0] if len(chosen) == 1 else np.concatenate(chosen)
-    if kind is Kind.RUN and len(rows):
+    if kind == Kind.RUN and len(rows):
         rows = _within_output_bytes(core, served, rows)
     served.slots.make_resident(rows)
     served.num_in_ticks += len(rows)
@@ -45,15 +45,15 @@ def leave_tick(core: Core, served: ServedModel, rows: IntArray) -> None:
     core.sessions.last_used[rows] = core.now
 
 
-def _without_resting(core: Core, served: ServedModel, rows: IntArray, kind: Kind) -> IntArray:
-    """Let sessions rest whose own stream does not read its answers; returns the others."""
+def _without_resting(core: Core, served: ServedModel, rows: IntArray, kind: int) -> IntArray:
+    """Let sessions rest that run for a stream which does not read its answers; returns the others."""
     if not core.paused_streams:
         return rows
     sessions = core.sessions
     streams = served.runs.stream[sessions.next_run[rows]]
-    # Runs that an earlier holder left behind rest for nobody: the session's new holder waits for them.
     resting = np.isin(streams, list(core.paused_streams))
-    if kind is Kind.RUN:
+    if kind == Kind.RUN:
+        # What an earlier holder left behind rests for nobody: the session's new holder waits for it.
         resting &= sessions.owner[rows] == streams
     sessions.stage[rows[resting]] = Stage.RESTING
     return rows[~resting]

@@ -5,7 +5,7 @@ import numpy as np
 from cellserve_service.limits import EngineLimits
 from cellserve_service.outputs import predicts_tokens
 from cellserve_service.queues import RowQueue
-from cellserve_service.runs import Kind, RunTable
+from cellserve_service.runs import RunTable
 from cellserve_service.sessions import SessionTable
 from cellserve_service.slots import SlotMap
 from cellserve_service.specs import SpecTable
@@ -26,8 +26,8 @@ class ServedModel:
         )
         self.specs = SpecTable(self.info)
         self.slots = SlotMap(sessions, stepper, min(stepper.num_slots, limits.max_sessions))
-        # Sessions whose first unfinished run a tick can take: one queue for runs, one for generates.
-        self.ready = {kind: RowQueue(limits.max_sessions) for kind in (Kind.RUN, Kind.GENERATE)}
+        # Sessions whose first unfinished run a tick can take: a queue for Kind.RUN, one for Kind.GENERATE.
+        self.ready = (RowQueue(limits.max_sessions), RowQueue(limits.max_sessions))
         self.num_in_ticks = 0  # sessions
 
     @property

@@ -3,7 +3,7 @@
 import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
-from enum import IntEnum
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +23,13 @@ _ENDED_MESSAGE = {
 }
 
 
-class Stage(IntEnum):
+class Stage:
     """What becomes of a session's first unfinished run."""
 
-    IDLE = 0  # there is none
-    READY = 1  # the session stands in the queue of its model
-    RESTING = 2  # its stream reads too slowly
-    IN_TICK = 3
+    IDLE: Final = 0  # there is none
+    READY: Final = 1  # the session stands in the queue of its model
+    RESTING: Final = 2  # its stream reads too slowly
+    IN_TICK: Final = 3
 
 
 class SessionTable:

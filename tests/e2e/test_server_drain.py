@@ -18,12 +18,10 @@ from tests.support.metrics import Metrics
 from tests.support.refusals import expect, of_call
 from tests.support.server import ServerProcess
 from tests.support.stream import RawStream, outputs
-from tests.support.wire import LONG, Follower, Wire
+from tests.support.wire import LONG, SMALL_WINDOW, Follower, Wire
 
 SERVICES = ("", "cellserve.v1.SessionService", "cellserve.v1.ModelService")
 MAX_UNSENT_BYTES = 65_536
-# Otherwise gRPC takes megabytes that nobody reads.
-SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 65_535), ("grpc.http2.bdp_probe", 0))
 
 Start = Callable[..., ServerProcess]
 

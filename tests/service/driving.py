@@ -486,12 +486,12 @@ class Driver:
             first = session.chain[0]
             assert session.model.name == tick.served.info.name
             assert not session.in_tick
+            assert not self.plain.is_resting(session)
             session.in_tick = True
             if isinstance(tick, GenerateTick):
                 assert isinstance(first, PlainGenerate)
                 continue
             assert isinstance(first, PlainRun)
-            assert not self.plain.is_resting(session)
             assert first.begun or first.deadline >= self.now
             assert 1 <= count <= len(first.tokens) - first.done
             first.begun = True

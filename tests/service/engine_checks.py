@@ -57,7 +57,7 @@ def check_nothing_left(core: Core) -> None:
         assert served.runs.token_pool.num_live == served.runs.held_pool.num_live == 0
         assert served.slots.num_resident == 0
         assert served.num_in_ticks == 0
-        assert not any(len(queue) for queue in served.ready.values())
+        assert not any(len(queue) for queue in served.ready)
 
 
 def _check_session(core: Core, row: int) -> set[tuple[int, int]]:
@@ -108,7 +108,7 @@ def _check_model(core: Core, served: ServedModel, chained: set[int]) -> None:
     stage = np.where(of_model & sessions.is_open, sessions.stage, 0)
     assert served.num_in_ticks == np.count_nonzero(stage == Stage.IN_TICK)
     queued: list[int] = []
-    for kind, queue in served.ready.items():
+    for kind, queue in enumerate(served.ready):
         places = queue._places(queue._length)
         rows = [row for row in queue._ring[places].tolist() if row >= 0]
         assert len(rows) == len(queue)

@@ -104,6 +104,8 @@ class PlainService(PlainSessions):
 
     def is_resting(self, session: PlainSession) -> bool:
         entry = session.chain[0] if session.chain else None
+        if isinstance(entry, PlainGenerate):
+            return entry.command.stream in self.paused
         return isinstance(entry, PlainRun) and entry.stream in self.paused and entry.stream == session.owner
 
     # What ticks bring.

@@ -242,7 +242,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), paused=st.booleans())
     def pause(self, data: st.DataObject, paused: bool) -> None:
-        self.driver.pause(self._stream(data), paused)
+        self.driver.pause(data.draw(st.sampled_from([*self.streams, UNARY])), paused)
 
     @rule(data=st.data())
     def replace_stream(self, data: st.DataObject) -> None:

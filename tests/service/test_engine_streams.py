@@ -262,6 +262,35 @@ def test_a_resting_run_that_is_handed_over_to_another_stream_runs() -> None:
     driver.end()
 
 
+def test_a_generate_rests_while_its_caller_is_a_slow_reader_and_runs_of_others_do_not() -> None:
+    driver = Driver()
+    driver.open(UNARY, ["a", "b"], unary=True)
+    driver.generate("a", 40)
+    driver.run(UNARY, Row("b", [1, 2]))
+    driver.pause(UNARY)
+    driver.settle()
+    assert [driver.plain_of(name).position for name in "ab"] == [0, 2]
+    driver.run(UNARY, Row("a", [1]))
+    assert driver.reasons == ["SESSION_BUSY"]
+    driver.pause(UNARY, paused=False)
+    driver.settle()
+    assert driver.plain_of("a").position == 40
+    driver.end()
+
+
+def test_a_takeover_breaks_a_resting_generate_off() -> None:
+    driver = Driver()
+    stream = driver.new_stream()
+    driver.open(UNARY, ["a"], unary=True)
+    driver.generate("a", 40)
+    driver.pause(UNARY)
+    assert not driver.begin()
+    handle = driver.opened(stream, "a")
+    driver.run(stream, Row(handle, [1], 0))
+    assert driver.begin()
+    driver.end()
+
+
 def test_a_drain_refuses_new_work_answers_repeats_and_finishes_what_was_accepted() -> None:
     driver = Driver()
     stream = driver.new_stream()

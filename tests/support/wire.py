@@ -33,11 +33,14 @@ from tests.support.refusals import Refused
 from tests.support.server import ServerProcess
 from tests.support.stream import Answer, Opened, RawStream, Tokens, float_block, outputs
 
-__all__ = ["LONG", "Follower", "Wire", "state_values"]
+__all__ = ["LONG", "SMALL_WINDOW", "Follower", "Wire", "state_values"]
 
 # Half a second of pycode. Source, because the model forgets what it read of it: on aaaa... rounding errors add up.
 LONG = Path(textwrap.__file__).read_bytes()[:2048]
 Options: TypeAlias = Sequence[tuple[str, int]]
+
+# For readers who do not read: otherwise gRPC takes megabytes for them.
+SMALL_WINDOW: Options = (("grpc.http2.lookahead_bytes", 65_535), ("grpc.http2.bdp_probe", 0))
 
 # float32 against float64 over some dozens of steps of cells that forget.
 TOLERANCE = 2e-5
