@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
@@ -58,8 +59,8 @@ def test_reflection_lists_the_services(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("module", [errors_pb2, values_pb2, stream_pb2, session_service_pb2, model_service_pb2])
-def test_reflection_gives_the_contract_as_it_is(wire: Wire, module: object) -> None:
-    descriptor = module.DESCRIPTOR  # type: ignore[attr-defined]
+def test_reflection_gives_the_contract_as_it_is(wire: Wire, module: ModuleType) -> None:
+    descriptor = module.DESCRIPTOR
     answer = reflect(wire, file_by_filename=descriptor.name)
     expected = FileDescriptorProto()
     descriptor.CopyToProto(expected)

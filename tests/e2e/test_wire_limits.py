@@ -6,10 +6,11 @@ import pytest
 
 from cellserve.v1 import session_service_pb2 as pb
 from cellserve.v1.model_service_pb2 import GetModelRequest
+from tests.support.metrics import Metrics
 from tests.support.refusals import expect, of_call
 from tests.support.server import ServerProcess
 from tests.support.stream import RawStream, outputs
-from tests.support.wire import Follower, Wire, step_request
+from tests.support.wire import SMALL_WINDOW, Follower, Wire, step_request
 
 pytestmark = pytest.mark.usefixtures("witnesses")
 
@@ -78,6 +79,22 @@ def test_a_server_with_too_many_tokens_waiting_is_refused_at_once(wire: Wire, st
         expect(stream.refusal(requests[place]), "QUEUE_FULL")
         session.check()
         session.step([place] * 60)
+
+
+def test_a_step_on_a_session_with_too_many_tokens_waiting_is_refused_with_a_retry_delay(wire: Wire) -> None:
+    # Runs whose answers nobody reads rest, and their tokens wait.
+    slow = wire.other(SMALL_WINDOW).stream()
+    opened = slow.open_many("pycode", 2)
+    wanted = outputs("every", states=True)  # 2,048 bytes a token
+    for one in opened:
+        slow.run([one.handle] * 2, [b"a" * 64, b"b" * 36], wanted, positions=[0, 64])
+    Metrics.wait(wire.server, lambda found: found.value("cellserve_stream_unsent_bytes") > 32_768)
+    request = step_request(opened[1].session_id, b"c" * 64, position=100)
+    expect(of_call(lambda: wire.sessions.Step(request)), "QUEUE_FULL")
+    get = pb.GetSessionRequest(session_id=opened[1].session_id)
+    assert wire.sessions.GetSession(get).session.num_pending_tokens > 100 - 64
+    slow.finish()
+    assert wire.sessions.Step(request).position == 164
 
 
 def test_answers_come_in_slices_under_the_limit(wire: Wire, stream: RawStream) -> None:

@@ -1,5 +1,7 @@
 """Opening sessions: modes, ids, columns, and what Get and List tell of them."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -93,7 +95,7 @@ def test_ids_or_a_count_and_not_both(wire: Wire) -> None:
         pb.OpenSessionsRequest(model="tiny-gru"),
         pb.OpenSessionsRequest(model="tiny-gru", session_ids=["a"], count=1),
     ):
-        refused = of_call(lambda request=request: wire.sessions.OpenSessions(request))  # type: ignore[misc]
+        refused = of_call(partial(wire.sessions.OpenSessions, request))
         expect(refused, "INVALID_INPUT", field="count")
 
 

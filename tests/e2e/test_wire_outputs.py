@@ -137,7 +137,7 @@ def test_an_output_that_the_model_does_not_have_is_refused(
         expect(session.refuse(run, outputs(at, states=True, **kind)), "OUTPUT_UNSUPPORTED")
         request = step_request(session.id, run, outputs(at, **kind))
         with wire.unmoved(session.id):
-            refused = of_call(lambda request=request: wire.sessions.Step(request))  # type: ignore[misc]
+            refused = of_call(partial(wire.sessions.Step, request))
             expect(refused, "OUTPUT_UNSUPPORTED", field="outputs")
     # At none nothing is computed, so nothing is lacking.
     stream.step(session.handle, run, outputs("none", **kind))

@@ -3,6 +3,7 @@
 import struct
 import zlib
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -137,7 +138,7 @@ def test_a_fork_waits_for_the_runs_accepted_before_it(wire: Wire, stream: RawStr
 def test_a_fork_onto_an_id_that_exists_is_refused(wire: Wire, session: Follower) -> None:
     for taken in (session.id, Follower(wire, session.stream).id):
         request = pb.ForkSessionRequest(session_id=session.id, fork_session_id=taken)
-        refused = of_call(lambda request=request: wire.sessions.ForkSession(request))  # type: ignore[misc]
+        refused = of_call(partial(wire.sessions.ForkSession, request))
         expect(refused, "SESSION_EXISTS", field="fork_session_id")
     request = pb.ForkSessionRequest(session_id=session.id, fork_session_id="no/slashes")
     expect(of_call(lambda: wire.sessions.ForkSession(request)), "INVALID_INPUT", field="fork_session_id")

@@ -14,12 +14,12 @@ import numpy as np
 from cellserve_service.messages import SubmitGenerate
 from cellserve_service.outputs import At, OutputSpec
 from cellserve_service.replay import MAX_JOINED
+from tests.service.plain_lifecycle import PlainSessions
 from tests.service.plain_sessions import (
     Held,
     PlainGenerate,
     PlainRun,
     PlainSession,
-    PlainSessions,
     Repeat,
     Tokens,
     settings_of,

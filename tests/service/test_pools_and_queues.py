@@ -3,6 +3,7 @@
 from collections import deque
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -101,3 +102,15 @@ def test_a_row_queue_is_a_line_that_rows_can_leave(steps: list[Step]) -> None:
     while len(queue):
         popped += queue.pop(2).tolist()
     assert popped == list(line)
+
+
+@pytest.mark.parametrize("times", [5, 20])
+def test_a_full_ring_closes_its_holes_and_keeps_the_order(times: int) -> None:
+    queue = RowQueue(4)
+    queue.push(np.array([2, 0]))
+    for _ in range(times):
+        queue.push(np.array([3, 1]))
+        queue.remove(1)
+        queue.remove(3)
+    queue.push(np.array([1]))
+    assert queue.pop(99).tolist() == [2, 0, 1]

@@ -71,16 +71,22 @@ def break_off(session: Follower, call: Any, **fields: Any) -> None:
     """
     copy = new_copy(session)
     call.cancel()
-    while True:
-        try:
-            position = session.wire.state(session.id).position
-            break
-        except grpc.RpcError as error:
-            assert of_error(error).reason == "SESSION_BUSY"  # noqa: PT017 - not yet
+    while (position := _resting_position(session)) is None:
+        pass
     number = position - session.position
     assert 0 < number < MANY
     session.consumed(generate(copy, max_tokens=number, **fields).tokens)
     session.check()
+
+
+def _resting_position(session: Follower) -> int | None:
+    """Where the session stands; None while a generate is under way."""
+    try:
+        return session.wire.state(session.id).position
+    except grpc.RpcError as error:
+        if of_error(error).reason != "SESSION_BUSY":
+            raise
+        return None
 
 
 def new_copy(session: Follower) -> Follower:
