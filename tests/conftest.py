@@ -1,4 +1,4 @@
-"""Fixtures that every kind of test shares: models made on the fly, and a running server."""
+"""Fixtures that every kind of test shares: models made on the fly, a running server, databases for state stores."""
 
 import shutil
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.models import write_tiny_model
+from tests.support.redis_server import RedisServer
 from tests.support.server import ServerProcess
 
 CELLS = ("vanilla_rnn", "leaky_rnn", "simplified_gru", "gru", "gru_reset_after", "lstm")
@@ -42,3 +43,26 @@ def server(models_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     log_file = tmp_path_factory.mktemp("server") / "server.log"
     with ServerProcess(log_file, models_directory) as process:
         yield process
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis that tests share, one after the other."""
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    """An empty database of it."""
+    redis_server.empty()
+    return redis_server.url
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/cells.db"
+    url: str = request.getfixturevalue("redis_url")
+    return url
