@@ -1,71 +1,112 @@
-"""Keeps one session attached to the client's stream, and makes calls that need it to themselves wait their turn."""
+"""Keeps one session attached to a stream, and makes calls that need it to themselves wait their turn."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cellserve._conversation import Conversation
 from cellserve._deadline import until
 from cellserve._hub import Hub
 from cellserve._ledger import Ledger
 from cellserve._model import ServedModel
-from cellserve._outbox import OpenKey
-from cellserve._status import lost_error
+from cellserve._outputs import OutputSpec
+from cellserve._reattaching import Reattaching
+from cellserve._replica import Replica
+from cellserve._runs import Run
+from cellserve._status import is_passing, lost_error
 from cellserve._unanswered import Opened
-from cellserve.errors import ClosedError, ConnectionLost, SessionBusy, SessionLost
-from cellserve.v1.session_service_pb2 import ExportSessionRequest
-from cellserve.v1.stream_pb2 import Durability, OpenMode
+from cellserve.errors import CellserveError, ClosedError, SessionBusy, StoreUnavailable, TimedOut
+
+if TYPE_CHECKING:
+    from cellserve._generated import BrokenOff
 
 __all__ = ["Attachment"]
 
-_ATTACH_PAUSES_SECONDS: Final = (0.02, 0.2)
-_FIRST_PAUSE_SECONDS: Final = 0.001
-_LONGEST_PAUSE_SECONDS: Final = 0.05
+_MAX_MOVING_SECONDS: Final = 10.0
 
 
 class Attachment:
-    """What stands between a session object and whichever stream holds the session now."""
+    """What stands between a session object and whichever stream holds the session now.
 
-    def __init__(self, hub: Hub, model: ServedModel, session_id: str) -> None:
+    holder: the mark of this session object, 64 bits. is_ours: whether the session was attached under it, so that it
+    can be asked for when it is attached again. is_in_doubt: whether its stream was lost since it was known where
+    the server stands. trouble: why the session could not be used when last tried.
+    """
+
+    def __init__(
+        self, hub: Hub, model: ServedModel, session_id: str, holder: int, replica: Replica | None = None
+    ) -> None:
         self.hub = hub
         self.loop = asyncio.get_running_loop()
         self.model = model
-        self.ledger = Ledger(session_id)
+        self.holder = holder
+        self.ledger = Ledger(session_id, self)
         self.conversation: Conversation | None = None
+        self.is_ours = False
+        self.is_in_doubt = False
+        self.trouble: CellserveError | None = None
+        self._replica = replica
+        self._reattaching = Reattaching(self)
         self._lock = asyncio.Lock()
         self._ended_as: str | None = None
         self._is_generating = False
-        self._position_is_moving = False
+        self._broken_off: BrokenOff | None = None
+        hub.attachments.add(self)
 
     @property
     def is_ended(self) -> bool:
         """Whether the user has closed or detached the session."""
         return self._ended_as is not None
 
+    @property
+    def needs_whole(self) -> bool:
+        """Whether the server must have all tokens that were answered when the session is attached again."""
+        return self._ended_as != "closed" or bool(self.ledger.stranded)
+
+    @property
+    def replica(self) -> Replica:
+        """Where the session is attached, or is to be attached next."""
+        ledger, replica = self.ledger, self._replica
+        # Without a store that all replicas share, nobody else has the session.
+        is_bound = ledger.handle is not None or ledger.durability == "none"
+        if is_bound and replica is not None and not replica.transport.is_closed:
+            return replica
+        return self.hub.place(ledger.session_id)
+
+    @property
+    def is_misplaced(self) -> bool:
+        """Whether the session is attached elsewhere than it should be by now."""
+        ledger = self.ledger
+        if ledger.handle is None or self.is_ended or ledger.durability == "none":
+            return False
+        return self._replica is not self.hub.place(ledger.session_id)
+
     def end(self, how: str) -> None:
         """The user closes or detaches the session: nothing new is sent, what is on its way finishes."""
         self._ended_as = how
-        self._update()
+        self.update()
 
     def begin_generating(self) -> None:
         """Nothing else is sent until the generate has ended."""
         self._is_generating = True
-        self._update()
+        self.update()
 
-    def end_generating(self, *, position_is_moving: bool) -> None:
-        """position_is_moving: it was broken off, and the server's position may be beyond the tokens received."""
+    def end_generating(self, broken_off: BrokenOff | None = None) -> None:
+        """broken_off: how, where the server's position may be beyond the tokens received."""
         self._is_generating = False
-        self._position_is_moving = position_is_moving
-        self._update()
+        self._broken_off = broken_off
+        self.update()
 
     def check(self) -> None:
         """Raises where the session cannot be used now."""
         session_id = self.ledger.session_id
         if self._ended_as is not None:
             raise ClosedError(f"session {session_id!r} was {self._ended_as} here", session_id=session_id)
+        if self.hub.is_closed:
+            raise ClosedError("this client was closed", session_id=session_id)
         if self.ledger.lost_reason is not None:
             raise lost_error(self.ledger.lost_reason, session_id)
         if self._is_generating:
@@ -74,106 +115,186 @@ class Attachment:
             )
 
     @asynccontextmanager
-    async def turn(self, what: str, deadline: float) -> AsyncIterator[None]:
-        """Calls in a turn follow each other in the order asked, and steps asked for meanwhile wait behind them."""
+    async def turn(self, what: str, deadline: float, *, goes_on: bool = False) -> AsyncIterator[None]:
+        """Calls in a turn follow each other in the order asked, and steps asked for meanwhile wait behind them.
+
+        goes_on: the turn is that of the generate under way, or of the call that has ended the session.
+        """
         ledger = self.ledger
         ledger.num_waiting += 1
         ledger.update()
         try:
             async with until(deadline, what, ledger.session_id), self._lock:
-                self.check()
+                if goes_on:
+                    self._is_generating = False
+                else:
+                    self.check()
                 yield
+        except TimedOut as error:
+            if self.trouble is None or error.reason is not None:
+                raise
+            raise self.trouble_of(what, in_doubt=False) from None
         finally:
             ledger.num_waiting -= 1
             ledger.update()
 
-    async def until_ready(self, count: int, deadline: float) -> Conversation:
+    @asynccontextmanager
+    async def replacing(self, what: str, deadline: float) -> AsyncIterator[None]:
+        """A turn for a call that gives the session another state, and makes its handle stale."""
+        ledger = self.ledger
+        async with self.turn(what, deadline):
+            await self.until_quiet(deadline)
+            self.release()
+            # Should the outcome stay in doubt, the next attach tells the position.
+            ledger.adopts_position = True
+            try:
+                yield
+            except CellserveError as error:
+                ledger.adopts_position = error.reason is None or is_passing(error)
+                raise
+
+    def replaced(self, epoch: int, position: int) -> None:
+        """The server has given the session another state, which is stored before that is answered."""
+        ledger = self.ledger
+        ledger.epoch = epoch
+        ledger.adopts_position = False
+        ledger.stand_at(position)
+        if ledger.kept is not None:
+            ledger.is_durable_at(position)
+
+    def begin_at(self, epoch: int, position: int, durability: str) -> None:
+        """The session is new, a copy of one of this durability, and attached nowhere."""
+        self._keep(durability)
+        self.replaced(epoch, position)
+
+    async def until_ready(self, spec: OutputSpec, count: int, deadline: float) -> Conversation:
         """Waits until a run of count tokens can be sent, attaching the session where it is not. In a turn."""
         ledger = self.ledger
         while True:
             self.check()
-            num_pending = ledger.next_position - ledger.position
-            if ledger.settling or (ledger.num_unanswered and num_pending + count > self.model.max_pending_tokens):
+            if ledger.handle is None or ledger.stranded or self.conversation is None:
+                await self._reattaching.attach(deadline)
+            elif ledger.settling or not self.model.has_room(ledger, spec, count):
                 await ledger.changes()
-            elif self._position_is_moving:
-                await self._learn_position(deadline)
-            elif ledger.handle is None or self.conversation is None:
-                await self._attach(deadline)
+            elif self._broken_off is not None:
+                if await self._broken_off.settle(self, deadline):
+                    self.end_generating()
+            elif not ledger.has_kept_room(count):
+                self.trouble = self._store_trouble()
+                await ledger.changes()
             else:
+                self.trouble = None
                 return self.conversation
 
     async def until_quiet(self, deadline: float) -> None:
-        """Waits until everything sent is answered and the position is known. In a turn."""
+        """Waits until everything sent is answered, and the server stands where the answers say. In a turn.
+
+        A session that is attached where it should no longer be is detached there.
+        """
         ledger = self.ledger
         while True:
             self.check()
-            if ledger.settling or ledger.num_unanswered:
+            if ledger.stranded or self.is_in_doubt:
+                await self._reattaching.attach(deadline)
+            elif ledger.settling or ledger.num_unanswered:
                 await ledger.changes()
-            elif self._position_is_moving:
-                await self._learn_position(deadline)
+            elif self._broken_off is not None:
+                if await self._broken_off.settle(self, deadline):
+                    self.end_generating()
             elif ledger.adopts_position:
-                await self._attach(deadline)
+                await self._reattaching.attach(deadline)
+            elif self.is_misplaced:
+                await self.leave(deadline)
             else:
+                self.trouble = None
                 return
 
-    def take(self, conversation: Conversation, opened: Opened) -> None:
+    async def until_answered(self, deadline: float) -> None:
+        """Waits until everything sent is answered, for a session that its user has ended. In a turn."""
+        ledger = self.ledger
+        while ledger.num_unanswered:
+            if ledger.stranded:
+                await self._reattaching.attach(deadline)
+            else:
+                await ledger.changes()
+
+    async def until_kept_room(self) -> None:
+        """Waits, where the stream still tells of it, until fewer tokens than the bound are not safe in the store."""
+        ledger = self.ledger
+        while not ledger.has_kept_room(0) and ledger.handle is not None:
+            self.trouble = self._store_trouble()
+            await ledger.changes()
+
+    def take(self, replica: Replica, conversation: Conversation, opened: Opened) -> None:
         """The session was opened or attached on this stream."""
+        ledger = self.ledger
+        self._replica = replica
         self.conversation = conversation
-        self.ledger.durable_position = opened.durable_position
-        conversation.hold(self.ledger, opened.handle, opened.epoch, opened.position)
+        self.is_ours = True
+        self.is_in_doubt = conversation.is_ended
+        conversation.hold(ledger, opened.handle, opened.epoch, opened.position)
+        self._keep(opened.durability)
+        if opened.durable_position is not None:
+            ledger.is_durable_at(opened.durable_position)
 
     def release(self) -> int | None:
         """Lets go of the handle, and returns it; the session is attached again before its next run."""
         return self.conversation.release(self.ledger) if self.conversation is not None else None
 
-    async def _attach(self, deadline: float) -> None:
-        # Where a connection has just broken, the first new stream may still begin on it. To attach twice is harmless.
-        for pause_seconds in (*_ATTACH_PAUSES_SECONDS, None):
-            try:
-                await self._attach_once(deadline)
-                return
-            except ConnectionLost:
-                if pause_seconds is None:
-                    raise
-                await asyncio.sleep(pause_seconds)
+    def stream_lost(self, trouble: CellserveError) -> None:
+        """See LedgerOwner."""
+        self.is_in_doubt = True
+        self._reattaching.stream_lost(trouble)
 
-    async def _attach_once(self, deadline: float) -> None:
-        conversation = self.hub.connect(self.model.limits).conversation
-        key = OpenKey(
-            model=self.model.info.name,
-            mode=OpenMode.OPEN_MODE_ATTACH,
-            durability=Durability.DURABILITY_UNSPECIFIED,
-            has_ids=True,
-            has_states=False,
-        )
+    def give_up(self, run: Run) -> None:
+        """See LedgerOwner. One that is stranded is settled when the session is attached again."""
+        if self.conversation is not None:
+            self.conversation.give_up(run)
+
+    def client_closed(self) -> None:
+        """The client has been closed: nothing is attached any more, and nobody waits any longer."""
+        self._reattaching.stop()
+
+    async def attach(self, deadline: float) -> None:
+        """Attaches the session, and makes it whole, where it is not."""
+        if self.ledger.handle is None or self.ledger.stranded:
+            await self._reattaching.attach(deadline)
+
+    async def leave(self, deadline: float) -> None:
+        """Detaches the quiet session, so that any replica finds it as it is."""
+        conversation, handle = self.conversation, self.release()
+        if conversation is None or handle is None:
+            return
         try:
-            opened = await conversation.send_open(key, self.ledger.session_id, None, deadline)
-        except SessionLost as error:
-            if error.reason is not None:
-                self.ledger.lose(error.reason)
+            await conversation.send_detach(self.ledger, handle, deadline)
+        except BaseException:
+            self.is_in_doubt = True
             raise
-        self.take(conversation, opened)
 
-    async def _learn_position(self, deadline: float) -> None:
-        # An export waits for what the server has accepted, and tells by SESSION_BUSY that the generate still
-        # runs.
-        transport, pause_seconds = self.hub.transport, _FIRST_PAUSE_SECONDS
-        request = ExportSessionRequest(session_id=self.ledger.session_id)
-        while True:
-            seconds_left = deadline - self.loop.time()
-            try:
-                response = await transport.call(
-                    transport.sessions.ExportSession, request, max(seconds_left, 0.001), self.ledger.session_id
-                )
-            except SessionBusy:
-                await asyncio.sleep(pause_seconds)
-                pause_seconds = min(2 * pause_seconds, _LONGEST_PAUSE_SECONDS)
-            else:
-                self.ledger.move_to(response.state.position)
-                self._position_is_moving = False
-                self._update()
-                return
+    async def move(self) -> None:
+        """Leaves a replica that is not the session's any more; its next step attaches it where it should be."""
+        deadline = self.loop.time() + _MAX_MOVING_SECONDS
+        try:
+            async with self.turn("moving the session", deadline):
+                await self.until_quiet(deadline)
+        except CellserveError:
+            return  # it has ended, or is busy, or its replica is gone: whoever uses it next learns which
 
-    def _update(self) -> None:
-        self.ledger.blocked = self.is_ended or self._is_generating or self._position_is_moving
+    def trouble_of(self, what: str, *, in_doubt: bool) -> CellserveError:
+        """What to raise for a call whose timeout has passed."""
+        return self._reattaching.late_error(what, in_doubt=in_doubt)
+
+    def update(self) -> None:
+        """Works out whether steps may be sent."""
+        self.ledger.blocked = (
+            self.is_ended or self._is_generating or self._broken_off is not None or self._reattaching.is_making_whole
+        )
         self.ledger.update()
+
+    def _keep(self, durability: str) -> None:
+        model = self.model
+        self.ledger.keep(durability, model.max_kept_tokens, vectors=model.info.vocab_size is None)
+
+    def _store_trouble(self) -> CellserveError:
+        num_tokens, session_id = self.model.max_kept_tokens, self.ledger.session_id
+        return StoreUnavailable(f"{num_tokens} tokens of session {session_id!r} are not yet safe in the server's store")

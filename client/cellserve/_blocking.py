@@ -122,8 +122,8 @@ class Generation:
         self._wrapped = generation
 
     @property
-    def seed(self) -> int | None:
-        """The seed in use, once known."""
+    def seed(self) -> int:
+        """The seed in use."""
         return self._wrapped.seed
 
     @property
@@ -172,13 +172,18 @@ class Session:
 
     @property
     def epoch(self) -> int:
-        """A number that grows with every attach, reset and import."""
+        """A number that grows with every attach, reset, rollback and import."""
         return self._wrapped.epoch
 
     @property
     def created(self) -> bool:
         """Whether the session was created, or an existing one attached."""
         return self._wrapped.created
+
+    @property
+    def durability(self) -> str:
+        """What a crash of the server may cost: "none" (the state lives as long as the server), "periodic", "sync"."""
+        return self._wrapped.durability
 
     @property
     def durable_position(self) -> int | None:
@@ -191,6 +196,8 @@ class Session:
     export_state = _blocking(AsyncSession.export_state)
     import_state = _blocking(AsyncSession.import_state)
     reset = _blocking(AsyncSession.reset)
+    checkpoint = _blocking(AsyncSession.checkpoint)
+    rollback = _blocking(AsyncSession.rollback)
     detach = _blocking(AsyncSession.detach)
     close = _blocking(AsyncSession.close)
     _leave = _blocking(AsyncSession.__aexit__)
@@ -208,25 +215,28 @@ class Session:
 
 
 class Client:
-    """A client of one server, for any number of threads: `with Client(target) as client`; see AsyncClient.
+    """A client for any number of threads: `with Client(target) as client`; see AsyncClient.
 
     Steps that many threads ask for at the same moment travel together, as those of many coroutines do.
     """
 
     def __init__(
         self,
-        target: str,
+        target: str | Sequence[str],
         *,
         tls: bool | Tls | grpc.ChannelCredentials | None = None,
         metadata: Metadata | None = None,
         timeout_seconds: float = 30.0,
+        max_kept_tokens: int = 65536,
     ) -> None:
-        self._wrapped = AsyncClient(target, tls=tls, metadata=metadata, timeout_seconds=timeout_seconds)
+        self._wrapped = AsyncClient(
+            target, tls=tls, metadata=metadata, timeout_seconds=timeout_seconds, max_kept_tokens=max_kept_tokens
+        )
         self._portal = Portal()
 
     @property
     def target(self) -> str:
-        """The server's address, as it was given."""
+        """The server's address, as it was given; several are joined by commas."""
         return self._wrapped.target
 
     ping = _blocking(AsyncClient.ping)

@@ -6,7 +6,9 @@ Symbols: m sessions, R output rows over all of them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import functools
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,8 @@ import numpy.typing as npt
 from cellserve._ledger import Ledger
 from cellserve._outputs import OutputSpec
 from cellserve._results import Columns, StepManyResult, StepResult
+from cellserve._runs import Run
+from cellserve._tokens import TokenColumn, VectorColumn
 from cellserve.errors import CellserveError, TimedOut
 from cellserve.v1.stream_pb2 import AnswerEvent
 
@@ -98,7 +102,11 @@ class ResultBuffer:
 
 
 class Block:
-    """Runs of many sessions under consecutive request numbers; row i is of the session with index members[i]."""
+    """Runs of many sessions under consecutive request numbers; row i is of the session with index members[i].
+
+    tokens: those of all rows, ids or vectors, row after row. positions: where each run begins. A row that does not
+    simply get its answer leaves the block: it goes on as a run of its own, whose answer comes back here.
+    """
 
     def __init__(
         self,
@@ -106,6 +114,9 @@ class Block:
         ledgers: Sequence[Ledger],
         members: Index,
         spec: OutputSpec,
+        tokens: npt.NDArray[np.uint32] | VectorColumn,
+        counts: Index,
+        positions: Sequence[int],
         deadline: float,
         buffer: ResultBuffer,
     ) -> None:
@@ -117,6 +128,10 @@ class Block:
         self.buffer = buffer
         self.failures: dict[int, CellserveError] = {}  # by index of the session
         self.answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.runs: set[Run] = set()  # rows that have left
+        self._tokens = tokens
+        self._token_starts = _starts(counts)
+        self._positions = positions
         self._num_filled = np.zeros(len(ledgers), dtype=np.int64)  # output rows of each run that have come
         self._is_open = np.ones(len(ledgers), dtype=np.bool_)
         self._is_given_up = False  # answers still tell the sessions where they stand, but the result is out
@@ -125,7 +140,13 @@ class Block:
         return 0 <= request - self.first_request < len(self.ledgers)
 
     @property
+    def num_answered(self) -> int:
+        """Output rows and runs that have come, as a measure of progress."""
+        return int(self._num_filled.sum()) + len(self.ledgers) - int(np.count_nonzero(self._is_open))
+
+    @property
     def is_finished(self) -> bool:
+        """Whether no row of it waits for an answer; some may go on as runs of their own."""
         return not self._is_open.any()
 
     def take(self, answers: Answers) -> npt.NDArray[np.bool_]:
@@ -140,33 +161,44 @@ class Block:
             self._take(answers, mine)
         return is_mine
 
-    def fail(self, request: int, error: CellserveError) -> None:
-        """One run was refused, withdrawn, or its connection lost."""
+    def take_out(self, request: int) -> Run:
+        """The row of this request, which goes on as a run of its own."""
         row = request - self.first_request
         self._is_open[row] = False
-        ledger = self.ledgers[row]
-        error = ledger.why(error)
-        if not self._is_given_up:
-            self.failures[int(self.members[row])] = error
-        ledger.failed(error, given_up=self._is_given_up)
-        self._finish_if_answered()
+        begin, end = int(self._token_starts[row]), int(self._token_starts[row + 1])
+        run = Run(
+            request,
+            self.ledgers[row],
+            self.spec,
+            self._column(begin, end),
+            end - begin,
+            self._positions[row],
+            self.spec.answer_bytes(end - begin),
+            self.deadline,
+            asyncio.get_running_loop().create_future(),
+        )
+        if self._is_given_up:
+            run.answer.cancel()
+        else:
+            self.runs.add(run)
+            run.answer.add_done_callback(functools.partial(self._take_run, run, int(self.members[row])))
+        return run
 
-    def fail_all(self, make_error: Callable[[int, str | None], CellserveError]) -> None:
-        """Fails every run that has no answer yet."""
-        for row in np.flatnonzero(self._is_open).tolist():
-            request = self.first_request + row
-            self.fail(request, make_error(request, self.ledgers[row].session_id))
+    def break_up(self) -> list[Run]:
+        """Every row that has no answer yet, as a run of its own."""
+        return [self.take_out(self.first_request + row) for row in np.flatnonzero(self._is_open).tolist()]
 
     def expire(self) -> list[tuple[Ledger, int]]:
         """Fails every run that has no answer yet, and gives it up."""
         for row in np.flatnonzero(self._is_open).tolist():
             error = TimedOut("the step was not answered within its timeout", session_id=self.ledgers[row].session_id)
             self.failures[int(self.members[row])] = error
-        self.answer.set_result(None)
-        return self.give_up()
+        to_withdraw = self.give_up()
+        self._finish_if_answered()
+        return to_withdraw
 
     def give_up(self) -> list[tuple[Ledger, int]]:
-        """Nobody waits any more. Returns the runs to withdraw, with their sessions."""
+        """Nobody waits any more for the rows of the block. Returns the runs to withdraw, with their sessions."""
         self._is_given_up = True
         unanswered = [(self.ledgers[row], self.first_request + row) for row in np.flatnonzero(self._is_open).tolist()]
         for ledger, _ in unanswered:
@@ -184,12 +216,33 @@ class Block:
             self.buffer.positions[self.members[finished]] = positions
             self._num_filled[rows] += num_rows
         self._is_open[finished] = False
-        for row, position in zip(finished.tolist(), positions.tolist(), strict=True):
-            self.ledgers[row].answered(position)
+        begins, ends = self._token_starts[finished].tolist(), self._token_starts[finished + 1].tolist()
+        for row, position, begin, end in zip(finished.tolist(), positions.tolist(), begins, ends, strict=True):
+            ledger = self.ledgers[row]
+            column = 0 if ledger.kept is None else self._column(begin, end)  # made only where it is kept
+            ledger.answered(position, column, self.spec.answer_bytes(end - begin))
         self._finish_if_answered()
 
+    def _take_run(self, run: Run, index: int, answer: asyncio.Future[StepResult]) -> None:
+        self.runs.discard(run)
+        if not answer.cancelled():
+            error = answer.exception()
+            if self.answer.done():
+                return  # the result is out
+            if isinstance(error, CellserveError):
+                self.failures[index] = error
+            elif error is None:
+                self.buffer.put_result(index, answer.result())
+        self._finish_if_answered()
+
+    def _column(self, begin: int, end: int) -> int | TokenColumn | VectorColumn:
+        tokens = self._tokens[begin:end]
+        if self.spec.takes_vectors:
+            return tokens.astype(np.float32, copy=False)
+        return int(tokens[0]) if end - begin == 1 else array("I", tokens.tobytes())
+
     def _finish_if_answered(self) -> None:
-        if self.is_finished and not self.answer.done():
+        if (self._is_given_up or self.is_finished) and not self.runs and not self.answer.done():
             self.answer.set_result(None)
 
 

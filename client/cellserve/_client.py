@@ -2,95 +2,81 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from cellserve._attachment import Attachment
-from cellserve._hub import Hub, close_quietly
+from cellserve._hub import Hub
 from cellserve._info import ModelInfo, SessionInfo
 from cellserve._many import step_many
-from cellserve._outbox import OpenKey
+from cellserve._opening import DurabilityName, OpenModeName, open_all
 from cellserve._outputs import At
 from cellserve._results import StepManyResult
 from cellserve._session import AsyncSession
 from cellserve._tokens import Tokens, Vectors
 from cellserve._transport import Metadata, Tls
-from cellserve._unanswered import Opened
-from cellserve.errors import Draining
 from cellserve.v1.model_service_pb2 import ListModelsRequest
 from cellserve.v1.session_service_pb2 import ListSessionsRequest
-from cellserve.v1.stream_pb2 import Durability, OpenMode
 
 if TYPE_CHECKING:
     import grpc
 
 __all__ = ["AsyncClient", "DurabilityName", "OpenModeName"]
 
-OpenModeName: TypeAlias = Literal["attach", "create", "attach_or_create"]
-DurabilityName: TypeAlias = Literal["none", "periodic", "sync"]
-
-_OPEN_MODES: Final = {
-    "attach": OpenMode.OPEN_MODE_ATTACH,
-    "create": OpenMode.OPEN_MODE_CREATE,
-    "attach_or_create": OpenMode.OPEN_MODE_ATTACH_OR_CREATE,
-}
-_DURABILITIES: Final = {
-    None: Durability.DURABILITY_UNSPECIFIED,
-    "none": Durability.DURABILITY_NONE,
-    "periodic": Durability.DURABILITY_PERIODIC,
-    "sync": Durability.DURABILITY_SYNC,
-}
 _PAGE_SIZE: Final = 1000
 
 
 class AsyncClient:
-    """A client of one server. Use it in one event loop, as `async with AsyncClient(target) as client`.
+    """A client of one server, or of several that share a state store.
 
-    target: "host:port", or any gRPC target. tls: None for a plain connection, True for TLS with the system's
-    roots, a Tls, or credentials of gRPC. metadata: pairs that travel with every call. timeout_seconds: for
-    every call that is given no other.
+    Use it in one event loop, as `async with AsyncClient(target) as client`. Whatever breaks between it and the
+    servers, and whichever of them dies and comes back, calls go on where they were until their timeout passes.
+
+    target: "host:port", or any gRPC target; "dns:///name:port" for all the addresses that a name has, or a
+    sequence of "host:port", among which the sessions are spread. tls: None for a plain connection, True for TLS
+    with the system's roots, a Tls, or credentials of gRPC. metadata: pairs that travel with every call.
+    timeout_seconds: for every call that is given no other. max_kept_tokens: of a session that a store makes
+    durable, how many tokens this client keeps until they are safe there; a step waits while there are more.
     """
 
     def __init__(
         self,
-        target: str,
+        target: str | Sequence[str],
         *,
         tls: bool | Tls | grpc.ChannelCredentials | None = None,
         metadata: Metadata | None = None,
         timeout_seconds: float = 30.0,
+        max_kept_tokens: int = 65536,
     ) -> None:
-        self._hub = Hub(target, tls, metadata, timeout_seconds)
+        self._hub = Hub(target, tls, metadata, timeout_seconds, max_kept_tokens)
 
     @property
     def target(self) -> str:
-        """The server's address, as it was given."""
-        return self._hub.target
+        """The server's address, as it was given; several are joined by commas."""
+        return self._hub.addresses.name
 
     async def ping(self, *, timeout_seconds: float | None = None) -> float:
         """Ask whether the server serves; returns the seconds there and back. Raises Unavailable where it does not."""
-        return await self._hub.transport.check_health(self._hub.timeout(timeout_seconds).seconds)
+        return await self._hub.ping(self._hub.deadline(timeout_seconds))
 
     async def models(self, *, timeout_seconds: float | None = None) -> list[ModelInfo]:
         """The models served, by name."""
-        transport = self._hub.transport
-        timeout = self._hub.timeout(timeout_seconds).seconds
-        response = await transport.call(transport.models.ListModels, ListModelsRequest(), timeout)
+        response = await self._hub.call(
+            lambda transport: transport.models.ListModels, ListModelsRequest(), self._hub.deadline(timeout_seconds)
+        )
         return [ModelInfo.from_message(model) for model in response.models]
 
     async def sessions(self, model: str | None = None, *, timeout_seconds: float | None = None) -> list[SessionInfo]:
-        """The open sessions of a model, or of all, whoever opened them; by id."""
-        transport = self._hub.transport
-        timeout = self._hub.timeout(timeout_seconds).seconds
+        """The open sessions of a model, or of all, whoever opened them; by id. Replicas of one store tell the same."""
+        deadline = self._hub.deadline(timeout_seconds)
         request = ListSessionsRequest(model=model or "", page_size=_PAGE_SIZE)
         sessions: list[SessionInfo] = []
         while True:
-            response = await transport.call(transport.sessions.ListSessions, request, timeout)
+            response = await self._hub.call(lambda transport: transport.sessions.ListSessions, request, deadline)
             sessions += [SessionInfo.from_message(session) for session in response.sessions]
             if not response.next_page_token:
                 return sessions
@@ -134,22 +120,22 @@ class AsyncClient:
     ) -> AsyncSession:
         """Open a session: create one, or attach the one that has this id.
 
-        id: None for a new one, under an id that the server makes. state: an exported state to begin with.
+        id: None for a new one, under an id of its own. state: an exported state to begin with.
         keep: whether the session stays open when this client leaves it; by default where it has been given an
         id. durability: what a crash of the server may cost a new session. Raises ModelNotFound,
-        SessionExists, SessionNotFound and its kin for mode "attach", SessionLimit, StateMismatch, NoStore,
-        Draining.
+        SessionExists, SessionNotFound and its kin for mode "attach", SessionLimit, StateMismatch, NoStore.
         """
         if id == "":
             raise ValueError("an id of a session has at least one character; without one, pass none")
-        sessions = await self._open(
+        sessions = await open_all(
+            self._hub,
             model,
-            [id or ""],
+            1 if id is None else [id],
             None if state is None else [state],
             mode=mode,
             keep=id is not None if keep is None else keep,
             durability=durability,
-            timeout_seconds=timeout_seconds,
+            deadline=self._hub.deadline(timeout_seconds),
         )
         return sessions[0]
 
@@ -167,20 +153,20 @@ class AsyncClient:
         """Open many sessions at once: so many new ones, or one for each id, in this order. All or none."""
         if isinstance(count_or_ids, str):
             raise TypeError("open_sessions takes a number, or a sequence of ids; for one id there is open_session")
-        has_ids = not isinstance(count_or_ids, int)
-        ids = [""] * count_or_ids if isinstance(count_or_ids, int) else list(count_or_ids)
-        if has_ids and ("" in ids or len(set(ids)) != len(ids)):
+        num_sessions = count_or_ids if isinstance(count_or_ids, int) else len(count_or_ids)
+        if not isinstance(count_or_ids, int) and ("" in count_or_ids or len(set(count_or_ids)) != num_sessions):
             raise ValueError("ids of sessions are all different, and have at least one character")
-        if states is not None and len(states) != len(ids):
-            raise ValueError(f"{len(ids)} sessions need as many states, not {len(states)}")
-        return await self._open(
+        if states is not None and len(states) != num_sessions:
+            raise ValueError(f"{num_sessions} sessions need as many states, not {len(states)}")
+        return await open_all(
+            self._hub,
             model,
-            ids,
+            count_or_ids,
             states,
             mode=mode,
-            keep=has_ids if keep is None else keep,
+            keep=not isinstance(count_or_ids, int) if keep is None else keep,
             durability=durability,
-            timeout_seconds=timeout_seconds,
+            deadline=self._hub.deadline(timeout_seconds),
         )
 
     async def step_many(
@@ -223,55 +209,3 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
-
-    async def _open(
-        self,
-        model: str,
-        ids: Sequence[str],
-        states: Sequence[bytes] | None,
-        *,
-        mode: OpenModeName,
-        keep: bool,
-        durability: DurabilityName | None,
-        timeout_seconds: float | None,
-    ) -> list[AsyncSession]:
-        if mode not in _OPEN_MODES:
-            raise ValueError(f"mode is one of {', '.join(_OPEN_MODES)}, not {mode!r}")
-        if durability not in _DURABILITIES:
-            raise ValueError(f"durability is one of none, periodic, sync, not {durability!r}")
-        deadline = asyncio.get_running_loop().time() + self._hub.timeout(timeout_seconds).seconds
-        served = await self._hub.look_up(model, deadline)
-        connection = self._hub.connect(served.limits)
-        if connection.conversation.draining_seconds is not None:
-            raise Draining(
-                "the server is draining and takes no new sessions",
-                retry_after_seconds=connection.conversation.draining_seconds,
-            )
-        key = OpenKey(
-            model=model,
-            mode=_OPEN_MODES[mode],
-            durability=_DURABILITIES[durability],
-            has_ids=any(ids),
-            has_states=states is not None,
-        )
-        answers = [
-            connection.conversation.send_open(key, one, None if states is None else states[index], deadline)
-            for index, one in enumerate(ids)
-        ]
-        sessions: list[AsyncSession] = []
-        failure: BaseException | None = None
-        for opened in await asyncio.gather(*answers, return_exceptions=True):
-            if isinstance(opened, Opened):
-                attachment = Attachment(self._hub, served, opened.session_id)
-                attachment.take(connection.conversation, opened)
-                sessions.append(AsyncSession(attachment, keep=keep, created=opened.created))
-            elif failure is None:
-                failure = opened
-        if failure is None:
-            return sessions
-        for session in sessions:
-            if session.created:
-                await close_quietly(session)
-            else:
-                await session.detach()
-        raise failure

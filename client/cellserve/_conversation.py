@@ -19,11 +19,12 @@ from cellserve._info import ServerLimits
 from cellserve._ledger import Ledger
 from cellserve._outbox import OpenKey, Outbox
 from cellserve._outputs import OutputSpec
+from cellserve._runs import Run
 from cellserve._status import connection_error
 from cellserve._tokens import TokenColumn, VectorColumn
-from cellserve._unanswered import Done, Opened, Order, Run, Unanswered
+from cellserve._unanswered import Opened, Order, Unanswered
 from cellserve._wire import RunColumns
-from cellserve.errors import CellserveError
+from cellserve.errors import CellserveError, ConnectionLost
 from cellserve.v1.stream_pb2 import StreamResponse
 
 __all__ = ["Conversation"]
@@ -48,12 +49,11 @@ class Conversation:
         self._first_unsent_request = 1
         self.next_deadline = math.inf
         self.is_ended = False
-        self._stops_at: float | None = None
 
     @property
-    def draining_seconds(self) -> float | None:
-        """In how many seconds from now the server stops; None as long as it has not said so."""
-        return None if self._stops_at is None else max(0.0, self._stops_at - self._loop.time())
+    def is_draining(self) -> bool:
+        """Whether the server has said that it will stop."""
+        return self._unanswered.is_draining
 
     def send_run(
         self,
@@ -68,7 +68,15 @@ class Conversation:
         """Asks for one run of a session that is ready; await its `answer`, and give it up if that is cancelled."""
         request = self._next_request
         self._next_request = request + 1
-        run = self._runs[request] = Run(request, ledger, spec, deadline, self._loop.create_future())
+        answer_bytes = spec.row_bytes if count == 1 else spec.answer_bytes(count)
+        # Ledger.reserve, without the call: this is the hot path.
+        position = ledger.next_position
+        ledger.next_position = position + count
+        ledger.num_unanswered += 1
+        ledger.unanswered_bytes += answer_bytes
+        run = self._runs[request] = Run(
+            request, ledger, spec, column, count, position, answer_bytes, deadline, self._loop.create_future()
+        )
         ledger.last_command = self._outbox.add_run(
             ledger.last_command,
             spec,
@@ -76,13 +84,31 @@ class Conversation:
             handle,
             column,
             count,
-            ledger.reserve(count),
+            position,
             timeout.milliseconds,
             ledger.position,
         )
         if deadline < self.next_deadline:
             self._on_deadline(deadline)
         return run
+
+    def send_again(self, run: Run, handle: int) -> None:
+        """Asks once more for a run that was asked for on another stream, or was refused for a while."""
+        ledger, now = run.ledger, self._loop.time()
+        run.request = self._take_numbers(1, run.deadline)
+        run.parts = None
+        self._runs[run.request] = run
+        ledger.last_command = self._outbox.add_run(
+            ledger.last_command,
+            run.spec,
+            run.request,
+            handle,
+            run.column,
+            run.count,
+            run.position,
+            Timeout(max(run.deadline - now, 0.001)).milliseconds,
+            ledger.position,
+        )
 
     def send_block(
         self,
@@ -99,7 +125,10 @@ class Conversation:
         """Asks for one run of each of many sessions that are ready. members: their indices in the buffer."""
         num_runs = len(ledgers)
         first_request = self._take_numbers(num_runs, deadline)
-        positions = [ledger.reserve(count) for ledger, count in zip(ledgers, counts.tolist(), strict=True)]
+        positions = [
+            ledger.reserve(count, spec.answer_bytes(count))
+            for ledger, count in zip(ledgers, counts.tolist(), strict=True)
+        ]
         columns = RunColumns(
             requests=np.arange(first_request, first_request + num_runs, dtype=np.uint64),
             handles=np.array([ledger.handle for ledger in ledgers], dtype=np.uint64),
@@ -115,34 +144,45 @@ class Conversation:
         command = self._outbox.add_columns(columns)
         for ledger in ledgers:
             ledger.last_command = command
-        block = Block(first_request, ledgers, members, spec, deadline, buffer)
+        column = tokens if vectors is None else vectors
+        assert column is not None
+        block = Block(first_request, ledgers, members, spec, column, counts, positions, deadline, buffer)
         self._unanswered.blocks.append(block)
         return block
 
-    def send_open(self, key: OpenKey, session_id: str, state: bytes | None, deadline: float) -> asyncio.Future[Opened]:
-        """Asks to open or attach one session; hold it when it is opened."""
-        order: Order[Opened] = self._make_order(session_id or None, deadline)
+    def send_open(
+        self,
+        key: OpenKey,
+        session_id: str,
+        holder: int,
+        state: bytes | None,
+        deadline: float,
+        *,
+        is_new: bool = False,
+    ) -> asyncio.Future[Opened]:
+        """Asks to open or attach one session; hold it when it is opened.
+
+        is_new: its id was made for this open, so it is closed again where nobody waits for it any more.
+        """
+        order: Order[Opened] = self._make_order(session_id, deadline, is_new=is_new)
         self._unanswered.opens[order.request] = order
-        self._outbox.add_open(key, order.request, session_id, state)
+        self._outbox.add_open(key, order.request, session_id, holder, state)
         return order.answer
 
-    def send_reset(self, ledger: Ledger, handle: int, deadline: float) -> asyncio.Future[Done]:
-        """Asks to reset a session; hold it under its new handle when that is done."""
-        order: Order[Done] = self._make_order(ledger.session_id, deadline)
-        self._unanswered.orders[order.request] = order
-        ledger.last_command = self._outbox.add_reset(ledger.last_command, order.request, handle)
-        return order.answer
-
-    def send_close(self, ledger: Ledger, handle: int, deadline: float) -> asyncio.Future[Done]:
+    def send_close(self, ledger: Ledger, handle: int, deadline: float) -> asyncio.Future[None]:
         """Asks to end a session."""
-        order: Order[Done] = self._make_order(ledger.session_id, deadline)
+        order: Order[None] = self._make_order(ledger.session_id, deadline)
         self._unanswered.orders[order.request] = order
         ledger.last_command = self._outbox.add_close(ledger.last_command, order.request, handle)
         return order.answer
 
-    def acknowledge(self, ledger: Ledger, handle: int) -> None:
-        """Tells that all answers of the session have come, so that the server need not hold them."""
-        ledger.last_command = self._outbox.add_acknowledge(ledger.last_command, handle, ledger.position)
+    def send_detach(self, ledger: Ledger, handle: int, deadline: float) -> asyncio.Future[None]:
+        """Gives a session up, all of whose answers have come; done when another server finds it as it is."""
+        order: Order[None] = self._make_order(ledger.session_id, deadline)
+        self._unanswered.orders[order.request] = order
+        self._outbox.add_acknowledge(ledger.last_command, handle, ledger.position)
+        ledger.last_command = self._outbox.add_detach(ledger.last_command, order.request, handle)
+        return order.answer
 
     def give_up(self, run: Run) -> None:
         """Withdraws a run that nobody waits for any more, if its first token has not run."""
@@ -151,8 +191,11 @@ class Conversation:
             self._withdraw([(run.ledger, run.request)])
 
     def give_up_block(self, block: Block) -> None:
-        """Withdraws the runs of a block that nobody waits for any more."""
+        """Withdraws the runs of a block that nobody waits for any more, those that have left it among them."""
         self._withdraw(block.give_up())
+        for run in tuple(block.runs):
+            if run.answer.cancel() and run.ledger.owner is not None:
+                run.ledger.owner.give_up(run)
 
     def hold(self, ledger: Ledger, handle: int, epoch: int, position: int) -> None:
         """The session has this handle on the stream; nothing happens when the stream has ended meanwhile."""
@@ -180,8 +223,11 @@ class Conversation:
         for handle in self._unanswered.unwanted_handles:
             self._outbox.add_close(0, self._take_numbers(1, math.inf), handle)
         self._unanswered.unwanted_handles.clear()
-        if self._stops_at is None and self._unanswered.draining_seconds is not None:
-            self._stops_at = self._loop.time() + self._unanswered.draining_seconds
+
+    def oldest(self) -> tuple[int, int] | None:
+        """What has waited longest for the server, as something that differs when there is progress."""
+        oldest = self._unanswered.oldest()
+        return None if oldest is None or oldest[0] >= self._first_unsent_request else oldest
 
     def expire(self, now: float) -> None:
         """Fails what has waited too long, and works out the next deadline."""
@@ -189,17 +235,19 @@ class Conversation:
         self._withdraw(to_withdraw)
 
     def end(self, code: str, details: str | None) -> None:
-        """The stream has ended: fails all that waits, and detaches the sessions."""
+        """The stream has ended: strands the runs, fails everything else, and detaches the sessions."""
 
-        def make_error(request: int, session_id: str | None) -> CellserveError:
-            was_sent = request < self._first_unsent_request
-            return connection_error(code, details, in_doubt=was_sent, session_id=session_id)
+        def make_error(request: int, session_id: str) -> CellserveError:
+            in_doubt = request < self._first_unsent_request
+            return connection_error(code, details, in_doubt=in_doubt, session_id=session_id)
 
         self.is_ended = True
-        self._unanswered.fail_all(make_error)
+        is_final = not isinstance(make_error(1, ""), ConnectionLost)
+        self._unanswered.end(make_error, self._first_unsent_request, is_final=is_final)
 
-    def _make_order(self, session_id: str | None, deadline: float) -> Order[T]:
-        return Order(self._take_numbers(1, deadline), session_id, deadline, self._loop.create_future())
+    def _make_order(self, session_id: str, deadline: float, *, is_new: bool = False) -> Order[T]:
+        request = self._take_numbers(1, deadline)
+        return Order(request, session_id, deadline, self._loop.create_future(), is_new)
 
     def _take_numbers(self, num_requests: int, deadline: float) -> int:
         if deadline < self.next_deadline:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from cellserve.v1.model_service_pb2 import Model
 from cellserve.v1.model_service_pb2 import ServerLimits as ServerLimitsMessage
@@ -10,7 +11,7 @@ from cellserve.v1.session_service_pb2 import Session as SessionMessage
 from cellserve.v1.session_service_pb2 import Tier
 from cellserve.v1.stream_pb2 import Durability
 
-__all__ = ["ModelInfo", "ServerLimits", "SessionInfo"]
+__all__ = ["ModelInfo", "ServerLimits", "SessionInfo", "durability_name"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class SessionInfo:
 
     durability: "none", "periodic" or "sync". durable_position: None without a store. tier: "device", "host"
     or "store". attached: whether a stream holds it. idle_seconds: since its last run, open or attach.
+    generating: whether a generate is under way. checkpoints: the marked positions by name, oldest first.
     """
 
     id: str
@@ -76,6 +78,8 @@ class SessionInfo:
     attached: bool
     idle_seconds: float
     age_seconds: float
+    generating: bool = False
+    checkpoints: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_message(cls, session: SessionMessage) -> SessionInfo:
@@ -86,12 +90,14 @@ class SessionInfo:
             position=session.position,
             epoch=session.epoch,
             num_pending_tokens=session.num_pending_tokens,
-            durability=Durability.Name(session.durability).removeprefix("DURABILITY_").lower(),
+            durability=durability_name(session.durability),
             durable_position=session.durable_position if session.HasField("durable_position") else None,
             tier=Tier.Name(session.tier).removeprefix("TIER_").lower(),
             attached=session.attached,
             idle_seconds=session.idle_seconds,
             age_seconds=session.age_seconds,
+            generating=session.generating,
+            checkpoints={checkpoint.name: checkpoint.position for checkpoint in session.checkpoints},
         )
 
 
@@ -103,6 +109,8 @@ class ServerLimits:
     max_session_pending_tokens: int
     max_message_bytes: int
     max_open_sessions: int
+    max_held_answers: int
+    max_held_answer_bytes: int
 
     @classmethod
     def from_message(cls, limits: ServerLimitsMessage) -> ServerLimits:
@@ -111,4 +119,11 @@ class ServerLimits:
             max_session_pending_tokens=limits.max_session_pending_tokens,
             max_message_bytes=limits.max_message_bytes,
             max_open_sessions=limits.max_open_sessions,
+            max_held_answers=limits.max_held_answers,
+            max_held_answer_bytes=limits.max_held_answer_bytes,
         )
+
+
+def durability_name(durability: Durability.ValueType) -> str:
+    """ "none", "periodic" or "sync"."""
+    return Durability.Name(durability).removeprefix("DURABILITY_").lower()

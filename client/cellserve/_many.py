@@ -49,7 +49,7 @@ async def step_many(
     many = _Many(attachments, column, count_column, spec, timeout, deadline)
     # A run longer than a frame or the server takes goes its own way: it is rare, and large enough to bear the
     # cost.
-    is_long = count_column > model.max_run_tokens
+    is_long = count_column > model.max_run_tokens(spec)
     if is_long.any():
         long_steps = [many.step_long(index) for index in np.flatnonzero(is_long).tolist()]
         await asyncio.gather(many.step_short(np.flatnonzero(~is_long)), *long_steps)
@@ -125,17 +125,18 @@ class _Many:
 
     def _is_ready(self, index: int) -> bool:
         attachment = self._attachments[index]
-        ledger = attachment.ledger
-        if not ledger.ready or not ledger.num_unanswered:
-            return ledger.ready
-        num_pending = ledger.next_position - ledger.position
-        return num_pending + int(self._counts[index]) <= attachment.model.max_pending_tokens
+        ledger, count = attachment.ledger, int(self._counts[index])
+        return (
+            ledger.ready
+            and ledger.next_position + count <= ledger.kept_limit
+            and attachment.model.has_room(ledger, self._spec, count)
+        )
 
     async def _make_ready(self, index: int) -> None:
         attachment = self._attachments[index]
         try:
             async with attachment.turn("step_many", self._deadline):
-                await attachment.until_ready(int(self._counts[index]), self._deadline)
+                await attachment.until_ready(self._spec, int(self._counts[index]), self._deadline)
         except CellserveError as error:
             self.failures[index] = error
 

@@ -1,10 +1,11 @@
-"""A model as a session uses it: reads tokens and output wishes, and knows how much one run can hold."""
+"""A model as a session uses it: reads tokens and output wishes, and knows how much can be sent."""
 
 from __future__ import annotations
 
 from typing import Final
 
 from cellserve._info import ModelInfo, ServerLimits
+from cellserve._ledger import Ledger
 from cellserve._outputs import OutputSpec, Wishes, make_output_spec
 from cellserve._tokens import BYTE_VALUES, TokenColumn, VectorColumn, token_column, vector_column
 
@@ -16,18 +17,22 @@ _RUN_BYTES: Final = 1024
 
 
 class ServedModel:
-    """A model and the server's limits. max_run_tokens: tokens of one run that fits them all."""
+    """A model and the server's limits.
 
-    def __init__(self, info: ModelInfo, limits: ServerLimits) -> None:
+    max_kept_tokens: how many tokens of one session the client keeps until they are safe in the server's store.
+    """
+
+    def __init__(self, info: ModelInfo, limits: ServerLimits, max_kept_tokens: int) -> None:
         self.info = info
         self.limits = limits
-        self.max_pending_tokens = limits.max_session_pending_tokens
+        self.max_kept_tokens = max_kept_tokens
         token_bytes = 4 * (info.input_size or 1)
-        self.max_run_tokens = max(
+        self._max_run_tokens = max(
             1,
             min(
                 limits.max_run_tokens,
                 limits.max_session_pending_tokens,
+                max_kept_tokens,
                 (limits.max_message_bytes - _RUN_BYTES) // token_bytes,
             ),
         )
@@ -40,6 +45,23 @@ class ServedModel:
         if spec is None:
             spec = self.specs[wishes] = make_output_spec(self.info, *wishes)
         return spec
+
+    def max_run_tokens(self, spec: OutputSpec) -> int:
+        """How many tokens fit into one run, so that the server takes it and holds its answer for a repeat."""
+        if spec.at != "every" or not spec.row_bytes:
+            return self._max_run_tokens
+        return max(1, min(self._max_run_tokens, self.limits.max_held_answer_bytes // spec.row_bytes))
+
+    def has_room(self, ledger: Ledger, spec: OutputSpec, count: int) -> bool:
+        """Whether a run can be sent behind those that have no answer yet: the server takes it and holds them all."""
+        if not ledger.num_unanswered:
+            return True
+        limits = self.limits
+        return (
+            ledger.num_unanswered < limits.max_held_answers
+            and ledger.next_position + count <= ledger.position + limits.max_session_pending_tokens
+            and ledger.unanswered_bytes + spec.answer_bytes(count) <= limits.max_held_answer_bytes
+        )
 
     def read_tokens(self, tokens: object) -> int | TokenColumn | VectorColumn:
         """Tokens as they travel: a column, or the number itself for a single id. Raises TypeError and ValueError."""

@@ -23,10 +23,10 @@ from cellserve.v1.stream_pb2 import (
     CancelCommand,
     CloseCommand,
     Command,
+    DetachCommand,
     Durability,
     OpenCommand,
     OpenMode,
-    ResetCommand,
 )
 
 __all__ = ["OpenKey", "Outbox"]
@@ -42,7 +42,6 @@ class OpenKey:
     model: str
     mode: OpenMode.ValueType
     durability: Durability.ValueType
-    has_ids: bool
     has_states: bool
 
 
@@ -103,24 +102,24 @@ class Outbox:
         self._begin(command)
         return command.number
 
-    def add_open(self, key: OpenKey, request: int, session_id: str, state: bytes | None) -> None:
-        """One session to open; an empty id where the server makes one."""
+    def add_open(self, key: OpenKey, request: int, session_id: str, holder: int, state: bytes | None) -> None:
+        """One session to open."""
         opens = self._opens.get(key)
         # The ids of one command are all different.
         if opens is None or session_id in opens.session_ids:
             opens = self._opens[key] = _Opens(self._next_number(), key, self._max_open_sessions)
             self._begin(opens)
         opens.requests.append(request)
-        if key.has_ids:
-            opens.session_ids[session_id] = None
+        opens.session_ids[session_id] = None
+        opens.holders.append(holder)
         if state is not None:
             opens.states.append(state)
 
-    def add_reset(self, after: int, request: int, handle: int) -> int:
-        return self._add_pair(_make_reset, after, request, handle)
-
     def add_close(self, after: int, request: int, handle: int) -> int:
         return self._add_pair(_make_close, after, request, handle)
+
+    def add_detach(self, after: int, request: int, handle: int) -> int:
+        return self._add_pair(_make_detach, after, request, handle)
 
     def add_acknowledge(self, after: int, handle: int, position: int) -> int:
         return self._add_pair(_make_acknowledge, after, handle, position)
@@ -238,13 +237,13 @@ class _Opens:
         self.max_rows = max_rows
         self.requests: list[int] = []
         self.session_ids: dict[str, None] = {}
+        self.holders: list[int] = []
         self.states: list[bytes] = []
 
     def encode(self, max_bytes: int) -> list[bytes]:
         session_ids = list(self.session_ids)
-        row_bytes = np.full(len(self.requests), 8, dtype=np.int64)
-        if session_ids:
-            row_bytes += [len(session_id.encode()) + 4 for session_id in session_ids]
+        row_bytes = np.full(len(self.requests), 16, dtype=np.int64)
+        row_bytes += [len(session_id.encode()) + 4 for session_id in session_ids]
         if self.states:
             row_bytes += [len(state) + 6 for state in self.states]
         commands = []
@@ -256,6 +255,7 @@ class _Opens:
                 mode=self.key.mode,
                 durability=self.key.durability,
                 states=self.states[begin:end],
+                holders=self.holders[begin:end],
             )
             commands.append(Command(open=command).SerializeToString())
         return commands
@@ -280,12 +280,12 @@ class _Pairs:
         ]
 
 
-def _make_reset(requests: list[int], handles: list[int]) -> Command:
-    return Command(reset=ResetCommand(requests=requests, handles=handles))
-
-
 def _make_close(requests: list[int], handles: list[int]) -> Command:
     return Command(close=CloseCommand(requests=requests, handles=handles))
+
+
+def _make_detach(requests: list[int], handles: list[int]) -> Command:
+    return Command(detach=DetachCommand(requests=requests, handles=handles))
 
 
 def _make_acknowledge(handles: list[int], positions: list[int]) -> Command:

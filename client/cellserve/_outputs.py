@@ -30,19 +30,21 @@ NO_COLUMNS: Final = Columns({})
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutputSpec:
-    """The outputs that runs of one model ask for. Runs with the same object share a command."""
+    """The outputs that runs of one model ask for. Runs with the same object share a command.
+
+    row_bytes: what one token's outputs take, where the server holds the answer for a repeat.
+    """
 
     at: At
     encoded: bytes  # a serialized OutputRequest; empty for none
     top_k: int
     gate_names: tuple[str, ...]
     takes_vectors: bool
+    row_bytes: int = 0
 
-    def num_rows(self, count: int, remaining: int) -> int:
-        """How many output rows an answer row brings that covers count tokens and leaves remaining ones to come."""
-        if self.at == "every":
-            return count
-        return 1 if self.at == "last" and remaining == 0 else 0
+    def answer_bytes(self, count: int) -> int:
+        """What the outputs of a run of count tokens take."""
+        return self.row_bytes * count if self.at == "every" else self.row_bytes
 
     def read(self, outputs: OutputColumns) -> Columns:
         """The columns of an answer event."""
@@ -99,12 +101,21 @@ def make_output_spec(
         gates=bool(gates),
     )
     wants_nothing = at == "none" or request == OutputRequest(at=_AT[at])
+    num_numbers = (
+        request.next_token
+        + 2 * top_k
+        + request.logprobs
+        + request.head_outputs * (model.output_size or 0)
+        + request.states * model.num_layers * model.state_size
+        + request.gates * len(model.gate_names) * model.num_layers * model.hidden_size
+    )
     return OutputSpec(
         at="none" if wants_nothing else at,
         encoded=b"" if wants_nothing else request.SerializeToString(),
         top_k=top_k,
         gate_names=model.gate_names,
         takes_vectors=takes_vectors,
+        row_bytes=0 if wants_nothing else 4 * num_numbers,
     )
 
 

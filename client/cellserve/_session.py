@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from types import TracebackType
 from typing import Self
 
 from google.protobuf.message import DecodeError
 
+from cellserve._asking import ask, call
 from cellserve._attachment import Attachment
 from cellserve._deadline import Timeout
 from cellserve._generation import AsyncGeneration, make_generate_request
+from cellserve._identity import make_holder, make_id
 from cellserve._info import ModelInfo
+from cellserve._leaving import close, detach
 from cellserve._outputs import At
 from cellserve._results import StepResult
 from cellserve._steps import step_in_turn
 from cellserve._tokens import Tokens, Vectors
-from cellserve.errors import CellserveError, SessionLost, SessionNotFound, StateMismatch
+from cellserve.errors import CellserveError, StateMismatch
 from cellserve.v1.session_service_pb2 import (
+    CheckpointSessionRequest,
     CloseSessionRequest,
     ExportSessionRequest,
     ForkSessionRequest,
+    ForkSessionResponse,
     ImportSessionRequest,
+    ResetSessionRequest,
+    RollbackSessionRequest,
 )
 from cellserve.v1.values_pb2 import SessionState
 
@@ -65,13 +71,18 @@ class AsyncSession:
 
     @property
     def epoch(self) -> int:
-        """A number that grows with every attach, reset and import."""
+        """A number that grows with every attach, reset, rollback and import."""
         return self._ledger.epoch
 
     @property
     def created(self) -> bool:
         """Whether the session was created, or an existing one attached."""
         return self._created
+
+    @property
+    def durability(self) -> str:
+        """What a crash of the server may cost: "none" (the state lives as long as the server), "periodic", "sync"."""
+        return self._ledger.durability
 
     @property
     def durable_position(self) -> int | None:
@@ -97,10 +108,11 @@ class AsyncSession:
         tokens; for a model of vectors an (n, input_size) array of floats. By default a model of tokens gives
         next_token and a model of vectors outputs. If the call is cancelled or times out before its first
         token has run, it is withdrawn; otherwise it finishes on the server, and the next call begins where it
-        ends.
+        ends. A connection that breaks, and a server that dies and comes back, cost nothing but time.
 
-        Raises InvalidInput, OutputUnsupported, TimedOut, and what else can befall a session; TypeError and
-        ValueError for tokens that can never be right.
+        Raises InvalidInput, OutputUnsupported, TimedOut, ConnectionLost and StoreUnavailable where that was the
+        reason until the timeout passed, and what else can befall a session; TypeError and ValueError for tokens
+        that can never be right.
         """
         model = self._model
         wishes = (at, next_token, top_k, logprobs, outputs, states, gates)
@@ -115,15 +127,16 @@ class AsyncSession:
             not ledger.ready
             or handle is None
             or conversation is None
-            or count > model.max_run_tokens
-            or ledger.next_position + count > ledger.position + model.max_pending_tokens
+            or ledger.next_position + count > ledger.kept_limit
+            or (count != 1 and count > model.max_run_tokens(spec))
+            or (ledger.num_unanswered and not model.has_room(ledger, spec, count))
         ):
             return await step_in_turn(self._attachment, spec, column, count, timeout, deadline)
         run = conversation.send_run(ledger, handle, spec, column, count, timeout, deadline)
         try:
             return await run.answer
         except asyncio.CancelledError:
-            conversation.give_up(run)
+            self._attachment.give_up(run)
             raise
 
     async def fork(
@@ -133,60 +146,101 @@ class AsyncSession:
         keep: bool = False,
         timeout_seconds: float | None = None,
     ) -> AsyncSession:
-        """Make an independent copy of the session, under this id or one that the server makes.
+        """Make an independent copy of the session, under this id or one of its own.
 
-        It closes with the client unless closed before, or kept. Raises SessionExists, SessionLimit, Draining.
+        It closes with the client unless closed before, or kept. Raises SessionExists, SessionLimit.
         """
-        timeout, deadline = self._timeout_and_deadline(timeout_seconds)
-        transport = self._hub.transport
-        request = ForkSessionRequest(request_id=uuid.uuid4().hex, session_id=self.id, fork_session_id=id or "")
-        async with self._attachment.turn("fork", deadline):
-            await self._attachment.until_quiet(deadline)
-            response = await transport.call(transport.sessions.ForkSession, request, timeout.seconds, self.id)
+        deadline, attachment, fork_id = self._hub.deadline(timeout_seconds), self._attachment, id or make_id()
+
+        def make_request() -> ForkSessionRequest:
+            return ForkSessionRequest(request_id=make_id(), session_id=self.id, fork_session_id=fork_id)
+
+        async def undo(_: ForkSessionResponse) -> None:
+            request = CloseSessionRequest(request_id=make_id(), session_id=fork_id)
+            await call(attachment, lambda transport: transport.sessions.CloseSession, request, deadline)
+
+        async with attachment.turn("fork", deadline):
+            response = await ask(
+                attachment,
+                lambda transport: transport.sessions.ForkSession,
+                make_request,
+                lambda response: response.position,
+                deadline,
+                undo,
+            )
+            replica = attachment.replica
         # It is attached with its first step: to generate or to export needs no stream.
-        attachment = Attachment(self._hub, self._model, response.session_id)
-        attachment.ledger.stand_at(response.epoch, response.position)
-        return AsyncSession(attachment, keep=keep, created=True)
+        fork = Attachment(self._hub, self._model, response.session_id, make_holder(), replica)
+        fork.begin_at(response.epoch, response.position, self._ledger.durability)
+        return AsyncSession(fork, keep=keep, created=True)
 
     async def export_state(self, *, timeout_seconds: float | None = None) -> bytes:
         """The session's state as a serialized SessionState, to be imported here or on another server of the model."""
-        timeout, deadline = self._timeout_and_deadline(timeout_seconds)
-        transport = self._hub.transport
-        request = ExportSessionRequest(session_id=self.id)
+        deadline = self._hub.deadline(timeout_seconds)
         async with self._attachment.turn("export_state", deadline):
-            await self._attachment.until_quiet(deadline)
-            response = await transport.call(transport.sessions.ExportSession, request, timeout.seconds, self.id)
+            response = await ask(
+                self._attachment,
+                lambda transport: transport.sessions.ExportSession,
+                lambda: ExportSessionRequest(session_id=self.id),
+                lambda response: response.state.position,
+                deadline,
+            )
         return response.state.SerializeToString()
 
     async def import_state(self, state: bytes, *, timeout_seconds: float | None = None) -> None:
         """Replace the session's state, and its position, by an exported one. Raises StateMismatch."""
-        timeout, deadline = self._timeout_and_deadline(timeout_seconds)
-        transport = self._hub.transport
+        deadline = self._hub.deadline(timeout_seconds)
         try:
             message = SessionState.FromString(state)
         except DecodeError:
             raise StateMismatch("this is no exported state", session_id=self.id) from None
-        request = ImportSessionRequest(request_id=uuid.uuid4().hex, session_id=self.id, state=message)
-        async with self._attachment.turn("import_state", deadline):
-            await self._attachment.until_quiet(deadline)
-            # The import makes the handle stale. Should its outcome stay in doubt, the next attach tells the
-            # position.
-            self._attachment.release()
-            self._ledger.adopts_position = True
-            response = await transport.call(transport.sessions.ImportSession, request, timeout.seconds, self.id)
-            self._ledger.stand_at(response.epoch, response.position)
+        request = ImportSessionRequest(
+            request_id=make_id(), session_id=self.id, state=message, holder=self._attachment.holder
+        )
+        async with self._attachment.replacing("import_state", deadline):
+            response = await call(
+                self._attachment, lambda transport: transport.sessions.ImportSession, request, deadline
+            )
+            self._attachment.replaced(response.epoch, response.position)
 
     async def reset(self, *, timeout_seconds: float | None = None) -> None:
         """Set the state to zero, and the position to 0."""
-        _, deadline = self._timeout_and_deadline(timeout_seconds)
-        async with self._attachment.turn("reset", deadline):
-            await self._attachment.until_quiet(deadline)
-            conversation = await self._attachment.until_ready(0, deadline)
-            handle = self._attachment.release()
-            assert handle is not None
-            self._ledger.adopts_position = True
-            done = await conversation.send_reset(self._ledger, handle, deadline)
-            conversation.hold(self._ledger, done.handle, done.epoch, 0)
+        deadline = self._hub.deadline(timeout_seconds)
+        request = ResetSessionRequest(request_id=make_id(), session_id=self.id, holder=self._attachment.holder)
+        async with self._attachment.replacing("reset", deadline):
+            response = await call(
+                self._attachment, lambda transport: transport.sessions.ResetSession, request, deadline
+            )
+            self._attachment.replaced(response.epoch, 0)
+
+    async def checkpoint(self, name: str, *, timeout_seconds: float | None = None) -> int:
+        """Mark the session's state under a name, to be rolled back to; returns the position that was marked.
+
+        A name that is used again marks the newer state. A session keeps its newest marks, as many as the
+        server's `max_checkpoints`. Raises InvalidInput for what is no name.
+        """
+        deadline = self._hub.deadline(timeout_seconds)
+        async with self._attachment.turn("checkpoint", deadline):
+            response = await ask(
+                self._attachment,
+                lambda transport: transport.sessions.CheckpointSession,
+                lambda: CheckpointSessionRequest(request_id=make_id(), session_id=self.id, name=name),
+                lambda response: response.position,
+                deadline,
+            )
+        return response.position
+
+    async def rollback(self, name: str, *, timeout_seconds: float | None = None) -> None:
+        """Set the session's state and position to what was marked; the mark stays. Raises CheckpointNotFound."""
+        deadline = self._hub.deadline(timeout_seconds)
+        request = RollbackSessionRequest(
+            request_id=make_id(), session_id=self.id, name=name, holder=self._attachment.holder
+        )
+        async with self._attachment.replacing("rollback", deadline):
+            response = await call(
+                self._attachment, lambda transport: transport.sessions.RollbackSession, request, deadline
+            )
+            self._attachment.replaced(response.epoch, response.position)
 
     def generate(
         self,
@@ -220,37 +274,23 @@ class AsyncSession:
         )
         return AsyncGeneration(self._attachment, request, self._hub.timeout(timeout_seconds).seconds)
 
-    async def detach(self) -> None:
-        """Leave the session open on the server, to be attached again by its id. This object is of no more use."""
+    async def detach(self, *, timeout_seconds: float | None = None) -> None:
+        """Leave the session open on the server, to be attached again by its id. This object is of no more use.
+
+        Waits, for a few seconds at most, until the steps asked for before are answered and the state is where
+        every server of the same store finds it.
+        """
         if self._attachment.is_ended:
             return
-        self._attachment.end("detached")
         self._hub.forget(self)
-        conversation = self._attachment.conversation
-        handle = self._attachment.release()
-        if handle is not None and conversation is not None:
-            conversation.acknowledge(self._ledger, handle)
+        await detach(self._attachment, self._hub.deadline(timeout_seconds))
 
     async def close(self, *, timeout_seconds: float | None = None) -> None:
         """End the session on the server, after the steps asked for before. Does nothing where it has ended already."""
         if self._attachment.is_ended:
             return
-        timeout, deadline = self._timeout_and_deadline(timeout_seconds)
-        self._attachment.end("closed")
         self._hub.forget(self)
-        if self._ledger.lost_reason is not None:
-            return
-        conversation = self._attachment.conversation
-        handle = self._attachment.release()
-        try:
-            if handle is not None and conversation is not None:
-                await conversation.send_close(self._ledger, handle, deadline)
-            else:
-                transport = self._hub.transport
-                request = CloseSessionRequest(request_id=uuid.uuid4().hex, session_id=self.id)
-                await transport.call(transport.sessions.CloseSession, request, timeout.seconds, self.id)
-        except (SessionLost, SessionNotFound):
-            return
+        await close(self._attachment, self._hub.deadline(timeout_seconds))
 
     async def __aenter__(self) -> Self:
         return self
@@ -266,7 +306,3 @@ class AsyncSession:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id!r} of {self.model.name!r} at position {self.position}>"
-
-    def _timeout_and_deadline(self, timeout_seconds: float | None) -> tuple[Timeout, float]:
-        timeout = self._hub.timeout(timeout_seconds)
-        return timeout, self._loop.time() + timeout.seconds

@@ -24,6 +24,7 @@ from cellserve.errors import (
     PositionError,
     SessionLost,
     TimedOut,
+    TokensLost,
     Unavailable,
     Unimplemented,
 )
@@ -31,14 +32,19 @@ from cellserve.v1.errors_pb2 import ErrorReason
 
 __all__ = [
     "CLASS_BY_REASON",
+    "TOKENS_LOST",
     "code_name",
     "connection_error",
     "event_error",
+    "is_passing",
     "lost_error",
     "make_error",
     "reason_name",
     "status_error",
 ]
+
+# Why a session is lost, beside the server's reasons: it cannot be made whole.
+TOKENS_LOST: Final = "TOKENS_LOST"
 
 _DOMAIN: Final = "cellserve"
 _DETAILS_KEY: Final = "grpc-status-details-bin"
@@ -47,6 +53,12 @@ _CODE_NAMES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
 
 # Every one of these has been seen for the same event, a server that went away.
 _CONNECTION_CODES: Final = frozenset({"OK", "CANCELLED", "UNKNOWN", "INTERNAL", "UNAVAILABLE", "ABORTED"})
+# What a server says of a request, for good; whatever else ends a stream is no word of its own.
+_REFUSAL_CODES: Final = frozenset(
+    {"INVALID_ARGUMENT", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "UNIMPLEMENTED"}
+)
+# Another server, or the same one a little later, will do what was asked.
+_PASSING_REASONS: Final = frozenset({"DRAINING", "ENGINE_FAILED", "STORE_UNAVAILABLE"})
 
 
 def _subclasses(kind: type[CellserveError]) -> Iterator[type[CellserveError]]:
@@ -71,9 +83,16 @@ CLASS_BY_CODE: Final[Mapping[str, type[CellserveError]]] = {
 }
 
 
+def is_passing(error: CellserveError) -> bool:
+    """Whether the same request can succeed a little later: a connection that broke, a server that stops or waits."""
+    if isinstance(error, ConnectionLost):
+        return True
+    return error.reason in _PASSING_REASONS if error.reason is not None else error.code in _CONNECTION_CODES
+
+
 def lost_error(reason: str, session_id: str) -> CellserveError:
     """The exception for the use of a session that has ended, or is somebody else's by now."""
-    kind = CLASS_BY_REASON.get(reason, SessionLost)
+    kind = TokensLost if reason == TOKENS_LOST else CLASS_BY_REASON.get(reason, SessionLost)
     return kind(f"session {session_id!r} can no longer be used here: {reason}", session_id=session_id)
 
 
@@ -147,7 +166,7 @@ def connection_error(
     """
     said = f"{code}: {details}" if details else code
     message = f"the stream to the server ended ({said})"
-    if code not in _CONNECTION_CODES:
+    if code in _REFUSAL_CODES:
         return make_error(None, code, message, session_id=session_id)
     if in_doubt:
         message += "; whether the request took effect is in doubt, and repeating it is safe"

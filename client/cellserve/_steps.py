@@ -8,8 +8,8 @@ from cellserve._attachment import Attachment
 from cellserve._deadline import Timeout
 from cellserve._outputs import OutputSpec
 from cellserve._results import StepResult, join_results
+from cellserve._runs import Run
 from cellserve._tokens import TokenColumn, VectorColumn
-from cellserve._unanswered import Run
 
 __all__ = ["step_in_turn"]
 
@@ -23,7 +23,7 @@ async def step_in_turn(
     deadline: float,
 ) -> StepResult:
     """A step of count tokens, which waits its turn, attaches the session where it must, and sends run after run."""
-    ledger, size = attachment.ledger, attachment.model.max_run_tokens
+    ledger, size = attachment.ledger, attachment.model.max_run_tokens(spec)
     runs: list[Run] = []
     try:
         async with attachment.turn("the step", deadline):
@@ -32,11 +32,11 @@ async def step_in_turn(
                 if not isinstance(column, int) and count > size:
                     part = column[begin : begin + size]
                     part_count = len(part)
-                conversation = await attachment.until_ready(part_count, deadline)
-                if any(run.answer.done() and run.answer.exception() for run in runs):
-                    break  # the runs behind it are refused as a gap
                 is_last = begin + part_count == count
                 part_spec = spec if is_last or spec.at == "every" else attachment.model.no_outputs
+                conversation = await attachment.until_ready(part_spec, part_count, deadline)
+                if any(run.answer.done() and run.answer.exception() for run in runs):
+                    break  # the runs behind it are refused as a gap
                 handle = ledger.handle
                 assert handle is not None
                 runs.append(conversation.send_run(ledger, handle, part_spec, part, part_count, timeout, deadline))
@@ -44,7 +44,7 @@ async def step_in_turn(
     except BaseException:
         for run in runs:
             if run.answer.cancel() or run.answer.cancelled():
-                conversation.give_up(run)
+                attachment.give_up(run)
             else:
                 run.answer.exception()  # seen, so that asyncio does not complain of it
         raise

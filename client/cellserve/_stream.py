@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from grpc import aio
 
+from cellserve._backoff import Patience
 from cellserve._conversation import Conversation
 from cellserve._info import ServerLimits
 from cellserve._unanswered import ProtocolError
@@ -23,19 +25,39 @@ if TYPE_CHECKING:
 
 __all__ = ["Connection"]
 
+_WATCH_SECONDS: Final = 1.0
+
 _log: Final = logging.getLogger("cellserve")
 
 
 class Connection:
-    """A stream and the conversation on it."""
+    """A stream and the conversation on it.
 
-    def __init__(self, call: StreamCall, limits: ServerLimits) -> None:
+    on_draining, on_end: called when the server says that it will stop, and when the stream has ended. has_heard:
+    whether the server has ever said anything on it. patience: when it ends with what is asked, the stream is given up.
+    """
+
+    def __init__(
+        self,
+        call: StreamCall,
+        limits: ServerLimits,
+        on_draining: Callable[[], None],
+        on_end: Callable[[Connection], None],
+        patience: Patience,
+    ) -> None:
         self._call = call
+        self._on_draining = on_draining
+        self._on_end = on_end
+        self.has_heard = False
         self._loop = asyncio.get_running_loop()
         self._has_work = asyncio.Event()
         self._sweep_timer: asyncio.TimerHandle | None = None
         self.conversation = Conversation(limits, self._has_work.set, self._sweep_at)
         self.is_open = True
+        self._patience = patience
+        self._oldest: tuple[int, int] | None = None  # as it was when the patience with it began
+        self._waits_since = 0.0
+        self._watch_timer = self._loop.call_later(_WATCH_SECONDS, self._watch)
         self._writer = self._loop.create_task(self._write())
         self._reader = self._loop.create_task(self._read())
 
@@ -69,9 +91,14 @@ class Connection:
 
     async def _read(self) -> None:
         code, details = "UNKNOWN", None
+        is_draining = False
         try:
             while isinstance(response := await self._call.read(), StreamResponse):
+                self.has_heard = True
                 self.conversation.receive(response)
+                if not is_draining and self.conversation.is_draining:
+                    is_draining = True
+                    self._on_draining()
             code, details = "OK", "the server ended it"
         except aio.AioRpcError as error:
             code, details = error.code().name, error.details()
@@ -90,9 +117,24 @@ class Connection:
         self.is_open = False
         self._call.cancel()
         self._writer.cancel()
+        self._watch_timer.cancel()
         if self._sweep_timer is not None:
             self._sweep_timer.cancel()
+        self._on_end(self)
         self.conversation.end(code, details)
+
+    def _watch(self) -> None:
+        # A request or an answer may be lost on a connection that seems to live; on another stream it is asked again.
+        oldest, now = self.conversation.oldest(), self._loop.time()
+        if oldest is None or oldest != self._oldest:
+            if self._oldest is not None:
+                self._patience.renew()
+            self._oldest, self._waits_since = oldest, now
+        elif now - self._waits_since > self._patience.seconds:
+            self._patience.wear_out()
+            self._call.cancel()
+            return
+        self._watch_timer = self._loop.call_later(_WATCH_SECONDS, self._watch)
 
     def _sweep_at(self, deadline: float) -> None:
         # One timer for all requests, at the earliest deadline: most are answered long before.

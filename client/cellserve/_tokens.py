@@ -70,7 +70,8 @@ def vector_column(vectors: object, input_size: int) -> VectorColumn:
         hint = "; for one vector pass vector[None]" if vectors.shape == (input_size,) else ""
         raise ValueError(f"vectors have shape (n, {input_size}), not {vectors.shape}{hint}")
     with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which the server refuses
-        return np.ascontiguousarray(vectors, dtype="<f4")
+        # A copy always: it may have to be sent again when its owner has filled the array with the next vectors.
+        return np.array(vectors, dtype="<f4", order="C")
 
 
 def _array_column(tokens: npt.NDArray[np.generic]) -> TokenColumn:

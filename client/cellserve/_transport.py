@@ -44,8 +44,12 @@ _CHANNEL_OPTIONS: Final = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
-    ("grpc.max_reconnect_backoff_ms", 5000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # A server that is gone without a word would otherwise be waited for until the last timeout.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
 )
+_AUTHORITY_OPTION: Final = "grpc.default_authority"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +72,29 @@ class Tls:
 
 
 class Transport:
-    """A channel and what is called on it. Belongs to the running event loop."""
+    """A channel and what is called on it. Belongs to the running event loop.
+
+    authority: the name that the server goes by, where the target is one of the addresses of that name.
+    """
 
     def __init__(
-        self, target: str, tls: bool | Tls | grpc.ChannelCredentials | None, metadata: Metadata | None
+        self,
+        target: str,
+        tls: bool | Tls | grpc.ChannelCredentials | None,
+        metadata: Metadata | None,
+        authority: str | None = None,
     ) -> None:
         self.target = target
-        self._is_closed = False
+        self.is_closed = False
+        options = _CHANNEL_OPTIONS if authority is None else (*_CHANNEL_OPTIONS, (_AUTHORITY_OPTION, authority))
         self._metadata = tuple(metadata.items() if isinstance(metadata, Mapping) else metadata or ())
         if tls is None or tls is False:
-            self._channel = aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+            self._channel = aio.insecure_channel(target, options=options)
         else:
             if tls is True:
                 tls = Tls()
             credentials = tls.credentials() if isinstance(tls, Tls) else tls
-            self._channel = aio.secure_channel(target, credentials, options=_CHANNEL_OPTIONS)
+            self._channel = aio.secure_channel(target, credentials, options=options)
         self.models = ModelServiceStub(self._channel)
         self.sessions = SessionServiceStub(self._channel)
         self._stream: aio.StreamStreamMultiCallable[bytes, StreamResponse] = self._channel.stream_stream(
@@ -134,17 +146,17 @@ class Transport:
 
     async def close(self) -> None:
         """Breaks off what is under way, and closes the channel."""
-        self._is_closed = True
+        self.is_closed = True
         await self._channel.close()
 
     def _check_open(self) -> None:
-        if self._is_closed:
+        if self.is_closed:
             raise ClosedError("this client was closed")
 
     def cancellation(self) -> BaseException:
         """What a CancelledError out of a call means: a cancelled task, or that the channel was closed."""
         task = asyncio.current_task()
-        if self._is_closed and (task is None or not task.cancelling()):
+        if self.is_closed and (task is None or not task.cancelling()):
             # gRPC cancels the calls of a channel that is closed; whoever waits on one has cancelled nothing.
             return ClosedError("the client was closed while the call was under way")
         return asyncio.CancelledError()

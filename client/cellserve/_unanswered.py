@@ -6,16 +6,19 @@ import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
 
 from cellserve._blocks import Answers, Block
+from cellserve._info import durability_name
 from cellserve._ledger import Ledger
 from cellserve._outputs import OutputSpec
-from cellserve._results import StepResult, join_results
-from cellserve._status import event_error, reason_name
-from cellserve.errors import CellserveError, TimedOut
+from cellserve._results import join_results
+from cellserve._runs import Run, fail_run
+from cellserve._status import event_error, is_passing, lost_error, reason_name
+from cellserve.errors import CellserveError, PositionGap, StaleHandle, TimedOut
 from cellserve.v1.stream_pb2 import (
     AnswerEvent,
     DoneEvent,
@@ -25,28 +28,16 @@ from cellserve.v1.stream_pb2 import (
     StreamResponse,
 )
 
-__all__ = ["Done", "Opened", "Order", "ProtocolError", "Run", "Unanswered"]
+__all__ = ["Opened", "Order", "ProtocolError", "Unanswered"]
 
 T = TypeVar("T")
 
 # Makes the exception for a request whose stream has ended, out of its number and the id of its session.
-_MakeError: TypeAlias = Callable[[int, str | None], CellserveError]
+_MakeError: TypeAlias = Callable[[int, str], CellserveError]
 
 
 class ProtocolError(Exception):
     """The server said something that makes no sense here; the stream cannot be trusted any more."""
-
-
-@dataclass(slots=True, eq=False)
-class Run:
-    """One run of one session, until its last answer. parts: what has come of an answer in slices."""
-
-    request: int
-    ledger: Ledger
-    spec: OutputSpec
-    deadline: float
-    answer: asyncio.Future[StepResult]
-    parts: list[StepResult] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,42 +49,36 @@ class Opened:
     position: int
     epoch: int
     created: bool
+    durability: str
     durable_position: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """What a done event says about one session. handle: the new one after a reset."""
-
-    handle: int
-    epoch: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Order(Generic[T]):
-    """An open, reset or close that has no answer yet."""
+    """An open, close or detach that has no answer yet. is_new: an open of a session that nobody else can know of."""
 
     request: int
-    session_id: str | None
+    session_id: str
     deadline: float
     answer: asyncio.Future[T]
+    is_new: bool = False
 
 
 class Unanswered:
     """The requests on their way, and the sessions that the stream holds.
 
-    draining_seconds: set once the server has said that it stops, and in how many seconds. unwanted_handles:
-    of sessions that were created when nobody waited for them any more.
+    is_draining: whether the server has said that it will stop. unwanted_handles: of sessions that were created
+    when nobody waited for them any more.
     """
 
     def __init__(self) -> None:
         self.ledger_by_handle: dict[int, Ledger] = {}
-        self.draining_seconds: float | None = None
+        self.is_draining = False
         self.unwanted_handles: list[int] = []
         self.runs: dict[int, Run] = {}
         self.blocks: list[Block] = []
         self.opens: dict[int, Order[Opened]] = {}
-        self.orders: dict[int, Order[Done]] = {}  # resets and closes
+        self.orders: dict[int, Order[None]] = {}  # closes and detaches
 
     def receive(self, response: StreamResponse) -> None:
         """Gives every event of a frame to whom it concerns. Raises ProtocolError."""
@@ -110,27 +95,52 @@ class Unanswered:
             elif kind == "durable":
                 for handle, position in zip(event.durable.handles, event.durable.positions, strict=True):
                     if (ledger := self.ledger_by_handle.get(handle)) is not None:
-                        ledger.durable_position = position
+                        ledger.is_durable_at(position)
             elif kind == "ended":
                 self._take_ended(event.ended)
             elif kind == "draining":
-                self.draining_seconds = event.draining.timeout_milliseconds / 1000
+                self.is_draining = True
 
-    def fail_all(self, make_error: _MakeError) -> None:
-        """Fails everything that waits: the stream has ended."""
-        for run in self.runs.values():
-            _fail_run(run, make_error(run.request, run.ledger.session_id))
+    def oldest(self) -> tuple[int, int] | None:
+        """The request that has waited longest, and how much of its answer has come; None where none waits."""
+        heads = [next(iter(of_kind)) for of_kind in (self.runs, self.opens, self.orders) if of_kind]
+        heads += [block.first_request for block in self.blocks[:1]]
+        if not heads:
+            return None
+        request = min(heads)
+        run = self.runs.get(request)
+        if run is not None:
+            return request, len(run.parts or ())
+        return request, sum(block.num_answered for block in self.blocks[:1] if request in block)
+
+    def end(self, make_error: _MakeError, first_unsent_request: int, *, is_final: bool) -> None:
+        """The stream has ended: strands the runs, or fails them where that is final, and fails everything else."""
+        runs = list(self.runs.values())
         self.runs.clear()
         blocks, self.blocks = self.blocks, []
         for block in blocks:
-            block.fail_all(make_error)
-        for orders in (self.opens, self.orders):
-            for order in orders.values():
-                _fail_order(order, make_error(order.request, order.session_id))
-            orders.clear()
-        for ledger in self.ledger_by_handle.values():
-            ledger.detach()
+            runs += block.break_up()
+        runs.sort(key=attrgetter("request"))  # in the order in which they were asked for
+        ledgers = {id(ledger): ledger for ledger in self.ledger_by_handle.values()}
         self.ledger_by_handle.clear()
+        for run in runs:
+            ledgers[id(run.ledger)] = run.ledger
+            run.was_sent |= run.request < first_unsent_request
+            if is_final or run.ledger.owner is None:
+                run.ledger.adopts_position |= run.was_sent
+                fail_run(run, make_error(run.request, run.ledger.session_id))
+            else:
+                run.ledger.strand(run)
+        for ledger in ledgers.values():
+            ledger.detach()
+            trouble = make_error(first_unsent_request, ledger.session_id)
+            if ledger.owner is not None:
+                ledger.owner.stream_lost(trouble)
+        orders: list[Order[Opened] | Order[None]] = [*self.opens.values(), *self.orders.values()]
+        self.opens.clear()
+        self.orders.clear()
+        for order in orders:
+            _fail_order(order, make_error(order.request, order.session_id))
 
     def expire(self, now: float) -> tuple[list[tuple[Ledger, int]], float]:
         """Fails what has waited too long. Returns the runs to withdraw, with their sessions, and the next deadline."""
@@ -152,7 +162,7 @@ class Unanswered:
                 to_withdraw += block.expire()
             else:
                 next_deadline = min(next_deadline, block.deadline)
-        orders: list[Order[Opened] | Order[Done]] = [*self.opens.values(), *self.orders.values()]
+        orders: list[Order[Opened] | Order[None]] = [*self.opens.values(), *self.orders.values()]
         for order in orders:
             if order.deadline <= now:
                 _fail_order(order, _timed_out("the request", order.session_id))
@@ -173,7 +183,15 @@ class Unanswered:
                 raise ProtocolError(f"an answer to request {request}, which is not open")
             if columns is None:
                 columns = run.spec.read(event.outputs)
-            run.ledger.answered(position)
+            ledger = run.ledger
+            if ledger.is_watched or type(token := run.column) is not int:
+                ledger.answered(position, run.column, run.answer_bytes)
+            else:  # the same, without the call
+                ledger.position = position
+                ledger.num_unanswered -= 1
+                ledger.unanswered_bytes -= run.answer_bytes
+                if ledger.keep_token is not None:
+                    ledger.keep_token(token)
             answer = run.answer
             if not answer.done():
                 result = columns.result(position, row, row + 1)
@@ -198,7 +216,7 @@ class Unanswered:
                 run.parts = [*(run.parts or ()), part]
                 continue
             del self.runs[request]
-            run.ledger.answered(position)
+            run.ledger.answered(position, run.column, run.answer_bytes)
             if not run.answer.done():
                 run.answer.set_result(join_results([*run.parts, part]) if run.parts else part)
 
@@ -227,7 +245,7 @@ class Unanswered:
     def _fail(self, request: int, error: CellserveError) -> None:
         run = self.runs.pop(request, None)
         if run is not None:
-            _fail_run(run, error)
+            self._fail_run(run, error)
             return
         order = self.opens.pop(request, None) or self.orders.pop(request, None)
         if order is not None:
@@ -235,7 +253,7 @@ class Unanswered:
             return
         for block in self.blocks:
             if request in block:
-                block.fail(request, error)
+                self._fail_run(block.take_out(request), error)
         self.blocks = [block for block in self.blocks if not block.is_finished]
 
     def _take_opened(self, event: OpenedEvent) -> None:
@@ -246,36 +264,53 @@ class Unanswered:
                 position=event.positions[row],
                 epoch=event.epochs[row],
                 created=event.created[row],
+                durability=durability_name(event.durabilities[row]) if event.durabilities else "none",
                 durable_position=event.durable_positions[row] if event.durable_positions else None,
             )
             order = self.opens.pop(request, None)
             if order is not None and not order.answer.done():
                 order.answer.set_result(opened)
-            elif opened.created and (order is None or order.session_id is None):
+            elif opened.created and (order is None or order.is_new):
                 self.unwanted_handles.append(opened.handle)
 
     def _take_done(self, event: DoneEvent) -> None:
-        for request, handle, epoch in zip(event.requests, event.handles, event.epochs, strict=True):
+        for request in event.requests:
             order = self.orders.pop(request, None)
             if order is not None and not order.answer.done():
-                order.answer.set_result(Done(handle, epoch))
+                order.answer.set_result(None)
 
     def _take_ended(self, event: EndedEvent) -> None:
         for handle, reason in zip(event.handles, event.reasons, strict=True):
             ledger = self.ledger_by_handle.pop(handle, None)
-            if ledger is not None:
-                ledger.lose(reason_name(reason) or "SESSION_CLOSED")
+            if ledger is None:
+                continue
+            name = reason_name(reason) or "SESSION_CLOSED"
+            if name == "STALE_HANDLE" and ledger.owner is not None:
+                ledger.detach()
+                ledger.owner.stream_lost(lost_error(name, ledger.session_id))
+            else:
+                ledger.lose(name)
+
+    def _fail_run(self, run: Run, error: CellserveError) -> None:
+        ledger = run.ledger
+        error = ledger.why(error)
+        if run.answer.done():
+            fail_run(run, error)
+            return
+        can_pass = is_passing(error) or isinstance(error, StaleHandle)
+        if ledger.owner is not None and (can_pass or (ledger.stranded and isinstance(error, PositionGap))):
+            # It has not run, and can run when the session is attached again.
+            ledger.strand(run)
+            if can_pass:
+                if ledger.handle is not None:
+                    self.ledger_by_handle.pop(ledger.handle, None)
+                ledger.detach()
+                ledger.owner.stream_lost(error)
+            return
+        fail_run(run, error)
 
 
-def _fail_run(run: Run, error: CellserveError) -> None:
-    error = run.ledger.why(error)
-    given_up = run.answer.done()
-    run.ledger.failed(error, given_up=given_up)
-    if not given_up:
-        run.answer.set_exception(error)
-
-
-def _fail_order(order: Order[Opened] | Order[Done], error: CellserveError) -> None:
+def _fail_order(order: Order[Opened] | Order[None], error: CellserveError) -> None:
     if not order.answer.done():
         error.session_id = order.session_id
         order.answer.set_exception(error)

@@ -12,7 +12,8 @@ CellserveError
 |   |-- SessionEvicted           ended by the server or an operator, for room
 |   |-- SessionClosed            ended by a client
 |   |-- SessionMoved             taken over by another stream or server: final, never fought over
-|   `-- StaleHandle              its epoch changed behind our back, by a reset or import of somebody else
+|   |-- StaleHandle              its epoch changed behind our back, by a reset or import of somebody else
+|   `-- TokensLost               the server came back without tokens that this client no longer has
 |-- SessionExists                the id is taken
 |-- SessionBusy                  a generate is under way
 |-- PositionError                `position` says where the session stands
@@ -28,8 +29,8 @@ CellserveError
 |   |-- QueueFull
 |   |-- QuotaExceeded
 |   `-- MessageTooLarge          gRPC's own; no retry delay
-|-- Unavailable                  try again later, or elsewhere
-|   |-- StoreUnavailable
+|-- Unavailable                  for the whole of the call's timeout: the client has tried again until then
+|   |-- StoreUnavailable         also: the tokens not yet safe in the store are as many as this client keeps
 |   |-- Draining                 the server stops soon
 |   `-- ConnectionLost           `in_doubt` says whether the request may have taken effect
 |-- TimedOut                     also a TimeoutError: this client gave up waiting
@@ -91,6 +92,7 @@ __all__ = [
     "StepManyFailed",
     "StoreUnavailable",
     "TimedOut",
+    "TokensLost",
     "Unavailable",
     "Unimplemented",
 ]
@@ -188,7 +190,7 @@ class SessionClosed(SessionLost):
 
 
 class SessionMoved(SessionLost):
-    """Another stream, or another server, has taken the session over."""
+    """Another client has taken the session over, or another session object of this one: final, never fought over."""
 
     reason = "SESSION_MOVED"
     code = "ABORTED"
@@ -198,6 +200,16 @@ class StaleHandle(SessionLost):
     """The session's epoch changed by somebody else's doing; open it again to go on with it."""
 
     reason = "STALE_HANDLE"
+
+
+class TokensLost(SessionLost):
+    """The session cannot be made whole.
+
+    The server came back with it at `position`, and this client does not have all the tokens from there on: the
+    session's durability is "none", or they were another client's. Open the session again to go on from `position`.
+    """
+
+    code = "DATA_LOSS"
 
 
 class SessionExists(CellserveError):
@@ -295,13 +307,13 @@ class MessageTooLarge(ResourceExhausted):
 
 
 class Unavailable(CellserveError):
-    """The server, or something that it needs, does not answer now."""
+    """The server, or something that it needs, did not answer within the call's timeout, however often it was asked."""
 
     code = "UNAVAILABLE"
 
 
 class StoreUnavailable(Unavailable):
-    """The server's state store does not answer."""
+    """The server's state store does not answer, or did not make tokens safe before there were `max_kept_tokens`."""
 
     reason = "STORE_UNAVAILABLE"
 
@@ -313,7 +325,7 @@ class Draining(Unavailable):
 
 
 class ConnectionLost(Unavailable):
-    """The connection ended before the answer came.
+    """The connection ended, and until the timeout passed there was no other one.
 
     in_doubt: whether the request was sent, and so may have taken effect. To repeat the same step is safe: it
     carries its position, so the server gives the answer that it holds and does not run the tokens twice.

@@ -15,7 +15,7 @@ from cellserve_service.messages import Acknowledge, SubmitRuns
 from cellserve_service.replay import replay
 from cellserve_service.runs import Kind
 from cellserve_service.served import ServedModel
-from cellserve_service.sessions import NO_RUN
+from cellserve_service.sessions import NO_RUN, Durability
 from cellserve_service.stepping import IntArray
 from cellserve_service.validation import check_answer_size, check_input, check_models, refuse
 
@@ -63,6 +63,8 @@ class Admission:
         sessions = self._core.sessions
         if command.handles is not None:
             rows, valid = sessions.resolve_handles(command.stream, command.handles)
+            if np.count_nonzero(valid) == len(valid):
+                return Arrivals.of(command, rows)
             handles = command.handles[~valid].tolist()
             refusals = [sessions.refuse_handle(command.stream, handle) for handle in handles]
         else:
@@ -76,7 +78,7 @@ class Admission:
     def _are_different(self, rows: IntArray) -> bool:
         places = np.arange(len(rows))
         self._place_by_row[rows] = places
-        return bool((self._place_by_row[rows] == places).all())
+        return bool(np.count_nonzero(self._place_by_row[rows] == places) == len(rows))
 
     def _acknowledge(self, rows: IntArray, positions: IntArray, different: bool) -> None:
         """Let go of held answers of sessions up to the positions; the highest where a session stands twice."""
@@ -85,10 +87,12 @@ class Admission:
             rows, positions = rows[order], positions[order]
             highest = np.append(rows[1:] != rows[:-1], True)
             rows, positions = rows[highest], positions[highest]
-        models = self._core.sessions.model[rows]
-        for served in self._core.served:
-            of_model = models == served.index
+        core = self._core
+        while len(rows):
+            served = core.model_of(int(rows[0]))
+            of_model = core.sessions.model[rows] == served.index
             served.runs.acknowledge(rows[of_model], positions[of_model])
+            rows, positions = rows[~of_model], positions[~of_model]
 
     def _turns(self, arrivals: Arrivals) -> Iterator[Arrivals]:
         """The rows in turns of different sessions: rows of the same session take effect in their order."""
@@ -112,12 +116,15 @@ class Admission:
             arrivals = refuse(core, arrivals, sessions.next_run[arrivals.rows] != NO_RUN, _UNANSWERED)
         else:
             fresh = arrivals.positions == sessions.accepted[arrivals.rows]
-            if not fresh.all():
+            if np.count_nonzero(fresh) < len(fresh):
                 self._answer_repeats(served, spec, arrivals.at(np.flatnonzero(~fresh)))
                 arrivals = arrivals.at(np.flatnonzero(fresh))
         if core.is_draining:
             refuse(core, arrivals, np.ones(len(arrivals), np.bool_), _DRAINING)
             return
+        if core.keeping is not None and (trouble := core.keeping.unavailable()) is not None:
+            # Their answers could not leave.
+            arrivals = refuse(core, arrivals, sessions.durability[arrivals.rows] == Durability.SYNC, trouble)
         arrivals = self._within_limits(arrivals)
         if len(arrivals):
             self._accept(served, spec, arrivals)
@@ -143,9 +150,10 @@ class Admission:
         """The rows whose tokens there is room for; the others are refused."""
         core, limits, counts = self._core, self._core.limits, arrivals.counts
         full = core.sessions.num_pending_tokens[arrivals.rows] + counts > limits.max_session_pending_tokens
-        arrivals = refuse(core, arrivals, full, self._full("session"))
+        if np.count_nonzero(full):
+            arrivals = refuse(core, arrivals, full, self._full("session"))
         num_left = limits.max_pending_tokens - core.num_pending_tokens
-        if arrivals.counts.sum() <= num_left:
+        if len(arrivals.tokens) <= num_left:
             return arrivals
         too_many = np.zeros(len(arrivals), np.bool_)
         for place, count in enumerate(arrivals.counts.tolist()):

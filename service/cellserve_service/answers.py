@@ -16,6 +16,7 @@ from cellserve_service.pools import ragged_indices
 from cellserve_service.run_tick import RunTick
 from cellserve_service.runs import NOT_HELD
 from cellserve_service.served import ServedModel
+from cellserve_service.sessions import Durability
 from cellserve_service.stepping import IntArray, StepResult, Want
 
 # Bits of Want as plain numbers, the arrays that they bring, and their names in a stepper's result.
@@ -34,39 +35,68 @@ def answer_tick(core: Core, tick: RunTick, result: StepResult) -> None:
     """Answer the runs of a tick. A run without outputs at every token is told of once, as a whole."""
     served, table, specs = tick.served, tick.served.runs, tick.served.specs
     streams = table.stream[tick.runs]
-    for places in _groups(streams, tick.spec, specs.is_every[tick.spec] | (tick.remaining == 0)):
+    apart = None if core.keeping is None else _kept_apart(core, tick)
+    for places in _groups(streams, tick.spec, specs.is_every[tick.spec] | (tick.remaining == 0), apart):
         rows = slice(None) if places is None else places
         first = 0 if places is None else int(places[0])
         runs, spec = tick.runs[rows], int(tick.spec[first])
         counts = tick.counts[rows] if specs.is_every[spec] else table.count[runs]
-        outputs, num_rows = OutputArrays(), np.zeros_like(runs)
         if specs.has_outputs[spec]:
             num_rows = counts if specs.is_every[spec] else np.ones_like(runs)
             outputs = _outputs_of(tick, result, spec, places)
             _hold(core, served, spec, runs, tick.done[rows] - counts, num_rows, outputs)
-        core.events.append(
-            Answers(
-                stream=int(streams[first]),
-                requests=table.request[runs],
-                positions=table.start[runs] + tick.done[rows],
-                counts=counts,
-                remaining=tick.remaining[rows],
-                outputs=outputs,
-                num_output_rows=num_rows,
-                accepted_at=table.accepted_at[runs],
-                model=served.index,
-            )
+        else:
+            outputs, num_rows = OutputArrays(), np.zeros_like(runs)
+        answers = Answers(
+            stream=int(streams[first]),
+            requests=table.request[runs],
+            positions=table.start[runs] + tick.done[rows],
+            counts=counts,
+            remaining=tick.remaining[rows],
+            outputs=outputs,
+            num_output_rows=num_rows,
+            accepted_at=table.accepted_at[runs],
+            model=served.index,
         )
+        if apart is None or not apart[first]:
+            core.events.append(answers)
+        else:
+            assert core.keeping is not None
+            core.keeping.withhold(answers, tick.rows[rows].tolist(), answers.positions.tolist())
 
 
-def _groups(streams: IntArray, spec: IntArray, tells: NDArray[np.bool_]) -> Iterator[IntArray | None]:
-    """Places of equal stream and spec among those that have something to tell; None for all places of the tick."""
-    if tells.all() and (streams == streams[0]).all() and (spec == spec[0]).all():
+def _kept_apart(core: Core, tick: RunTick) -> IntArray | None:
+    """Numbers of the groups in which answers wait to be durable: 0 for those that need not; None if none need to.
+
+    What ended in this tick is written together, so it can wait together; a slice of a run that goes on waits alone.
+    """
+    waits = core.sessions.durability[tick.rows] == Durability.SYNC
+    if not waits.any():
+        return None
+    goes_on = tick.remaining > 0
+    return np.where(waits, np.where(goes_on, np.arange(2, 2 + len(waits)), 1), 0)
+
+
+def _groups(
+    streams: IntArray, spec: IntArray, tells: NDArray[np.bool_], apart: IntArray | None
+) -> Iterator[IntArray | None]:
+    """Places of equal stream and spec among those that have something to tell; None for all places of the tick.
+
+    apart: places of different numbers go into different groups.
+    """
+    alike = tells & (streams == streams[0]) & (spec == spec[0])
+    if apart is None and np.count_nonzero(alike) == len(alike):
         yield None
         return
+    if apart is None:
+        apart = np.zeros_like(streams)
     places = np.flatnonzero(tells)
-    order = places[np.lexsort((spec[places], streams[places]))]
-    changes = (streams[order[1:]] != streams[order[:-1]]) | (spec[order[1:]] != spec[order[:-1]])
+    order = places[np.lexsort((apart[places], spec[places], streams[places]))]
+    changes = (
+        (streams[order[1:]] != streams[order[:-1]])
+        | (spec[order[1:]] != spec[order[:-1]])
+        | (apart[order[1:]] != apart[order[:-1]])
+    )
     for group in np.split(order, np.flatnonzero(changes) + 1):
         if len(group):
             yield group
@@ -109,13 +139,11 @@ def _hold(
     in_all = table.count[runs] if served.specs.is_every[spec] else num_rows
     words = in_all * row_words
     begins = (first == 0) & (words <= most)
-    if begins.all() and (in_all == num_rows).all():
+    if np.count_nonzero(begins & (in_all == num_rows)) == len(runs):
         # Whole answers, one after the other: they lie together.
-        offset = table.hold(runs, words)
-        end = offset + int(words.sum())
-        layout.pack(outputs, table.held_pool.rows[offset:end, 0].reshape(-1, row_words))
+        layout.pack(outputs, table.hold(runs, words).reshape(-1, row_words))
         return
-    if begins.any():
+    if np.count_nonzero(begins):
         table.hold(runs[begins], words[begins])
     held = table.held[runs] != NOT_HELD
     packed = np.empty((int(num_rows.sum()), row_words), np.uint32)

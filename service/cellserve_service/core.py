@@ -3,8 +3,11 @@
 One thread owns all of it. Time comes in from outside as `now`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,20 +15,27 @@ from numpy.typing import NDArray
 from cellserve.v1.errors_pb2 import ErrorReason
 from cellserve_service.errors import Refusal
 from cellserve_service.limits import EngineLimits
-from cellserve_service.messages import Event, Failures, SessionEnded, SubmitGenerate
+from cellserve_service.messages import Answers, Event, Failures, Generated, SessionEnded, SubmitGenerate
 from cellserve_service.runs import Kind, Status
 from cellserve_service.served import ServedModel
 from cellserve_service.sessions import NO_RUN, NO_STREAM, SessionTable, Stage
 from cellserve_service.statistics import Statistics
 from cellserve_service.stepping import IntArray
 
+if TYPE_CHECKING:
+    from cellserve_service.keeping import Keeping
+
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """Something that waits in a session's chain for the runs before it. `position` is what it sets, if it does."""
+    """Something that waits in a session's chain for the runs before it. `position` is what it sets, if it does.
+
+    `refuse` is called in place of `execute` where the session is lost before; None: it is done all the same.
+    """
 
     execute: Callable[[], None]
     position: int | None = None
+    refuse: Callable[[Refusal], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +59,7 @@ class Generation:
     last_token_at: float | None = None
     # Set while the session is in a tick: what becomes of the generate afterwards.
     broken_off: Refusal | None = None
+    is_lost: bool = False  # the session is another server's: what was sampled is nobody's
     successor: SubmitGenerate | None = None
 
 
@@ -64,6 +75,7 @@ class Core:
     now: float = 0.0
     draining_until: float | None = None
     num_pending_tokens: int = 0
+    wall_offset: float = 0.0  # what the wall clock is ahead of `now`
     streams: set[int] = field(default_factory=set)
     paused_streams: set[int] = field(default_factory=set)
     # By (model index, run).
@@ -71,6 +83,8 @@ class Core:
     joined: dict[tuple[int, int], list[JoinedRequest]] = field(default_factory=dict)
     # By session row.
     generations: dict[int, Generation] = field(default_factory=dict)
+    # None: there is no state store.
+    keeping: Keeping | None = None
 
     @property
     def is_draining(self) -> bool:
@@ -84,14 +98,23 @@ class Core:
         self.statistics.count_failures(refusals)
         self.events.append(Failures(stream, np.asarray(requests, np.uint64), tuple(refusals)))
 
+    def give(self, row: int, position: int, event: Answers | Generated) -> None:
+        """Give out an answer of one session, when its state is durable up to the position if it must be."""
+        if self.keeping is None or self.keeping.is_durable(row, position):
+            self.events.append(event)
+        else:
+            self.keeping.withhold(event, [row], [position])
+
     def go_on(self, served: ServedModel, rows: IntArray) -> None:
         """Queue sessions whose first unfinished run can be taken by a tick; do the operations that are due."""
         sessions = self.sessions
         rows = rows[(sessions.next_run[rows] != NO_RUN) & (sessions.stage[rows] == Stage.IDLE)]
+        if self.keeping is not None:
+            rows = self.keeping.fetch_states(served, rows)
         if not len(rows):
             return
         kinds = served.runs.kind[sessions.next_run[rows]]
-        if kinds.any():
+        if np.count_nonzero(kinds):
             for row in rows[kinds == Kind.OPERATION].tolist():
                 self._do_operations(served, row)
             rows = rows[sessions.next_run[rows] != NO_RUN]
@@ -122,7 +145,7 @@ class Core:
         sessions = self.sessions
         if operation.position is not None:
             sessions.accepted[row] = operation.position
-        if sessions.next_run[row] == NO_RUN:
+        if sessions.next_run[row] == NO_RUN and not sessions.is_in_store[row]:
             operation.execute()
             return
         served = self.model_of(row)
@@ -130,15 +153,33 @@ class Core:
         served.runs.session[runs] = row
         self.operations[served.index, int(runs[0])] = operation
         served.runs.append(np.array([row], np.int64), runs)
+        if sessions.is_in_store[row]:
+            self.go_on_with(row)
 
-    def begin_epoch(self, row: int, stream: int, reason: ErrorReason.ValueType) -> None:
+    def refuse_operations(self, row: int, refusal: Refusal) -> None:
+        """Take the operations that wait in a session's chain, and can be refused, out of it."""
+        served = self.model_of(row)
+        runs = served.runs
+        refused = [
+            run
+            for run in runs.unfinished(row)
+            if runs.kind[run] == Kind.OPERATION and self.operations[served.index, run].refuse is not None
+        ]
+        operations = [self.operations.pop((served.index, run)) for run in refused]
+        if refused:
+            runs.remove(row, refused)
+        for operation in operations:
+            assert operation.refuse is not None
+            operation.refuse(refusal)
+
+    def begin_epoch(self, row: int, stream: int, reason: ErrorReason.ValueType, epoch: int = 0) -> None:
         """Make the session's handles stale and give it to a stream; the one that loses it is told the reason."""
         sessions, owner = self.sessions, int(self.sessions.owner[row])
         if owner not in (NO_STREAM, stream):
             self.tell_owner(row, reason)
             if reason == ErrorReason.ERROR_REASON_SESSION_MOVED:
                 sessions.remember_moved(row)
-        sessions.begin_epoch(row, stream)
+        sessions.begin_epoch(row, stream, epoch)
         self.wake(row)
 
     def tell_owner(self, row: int, reason: ErrorReason.ValueType) -> None:
@@ -153,6 +194,11 @@ class Core:
         if self.sessions.stage[row] == Stage.RESTING:
             self.sessions.stage[row] = Stage.IDLE
             self.go_on_with(row)
+
+    def wake_all(self) -> None:
+        """The same for all sessions; those that still have to rest will."""
+        for row in np.flatnonzero(self.sessions.stage == Stage.RESTING).tolist():
+            self.wake(row)
 
     def withdraw(self, row: int, victims: Mapping[int, Refusal]) -> None:
         """Take runs that have not begun out of a session; the runs that counted on them are refused as a gap."""
@@ -188,7 +234,8 @@ class Core:
         if first in removed:
             if sessions.stage[row] == Stage.READY:
                 served.ready[runs.kind[first]].remove(row)
-            sessions.stage[row] = Stage.IDLE
+            if sessions.stage[row] != Stage.LOADING:
+                sessions.stage[row] = Stage.IDLE
         runs.remove(row, removed)
         self.go_on_with(row)
 

@@ -15,6 +15,7 @@ from cellserve_service.messages import (
     CancelRuns,
     CloseSessions,
     Command,
+    DetachSessions,
     Failures,
     InitialState,
     OpenSessions,
@@ -123,6 +124,7 @@ def _open(stream: int, columns: Any, max_open_sessions: int) -> Iterator[Command
         raise invalid(f"there are {len(session_ids)} session ids for {len(requests)} requests", "session_ids")
     if session_ids is None and columns.mode == stream_pb2.OpenMode.OPEN_MODE_ATTACH:
         raise invalid("attaching needs session ids", "session_ids")
+    holders = _optional(columns.holders, "<u8", len(requests), "holders")
     states: list[InitialState] | None = None
     if columns.states:
         if len(columns.states) != len(requests):
@@ -134,6 +136,7 @@ def _open(stream: int, columns: Any, max_open_sessions: int) -> Iterator[Command
         if bad:
             kept = [place for place in range(len(requests)) if place not in bad]
             requests = requests[np.array(kept, np.int64)]
+            holders = None if holders is None else holders[np.array(kept, np.int64)]
             session_ids = None if session_ids is None else [session_ids[place] for place in kept]
         states = [state for state in decoded if isinstance(state, InitialState)]
         if not states:
@@ -146,6 +149,7 @@ def _open(stream: int, columns: Any, max_open_sessions: int) -> Iterator[Command
         mode=columns.mode,
         durability=columns.durability,
         states=states,
+        holders=holders,
     )
 
 
@@ -155,6 +159,10 @@ def _reset(stream: int, columns: Any, _: int) -> Iterator[Command]:
 
 def _close(stream: int, columns: Any, _: int) -> Iterator[Command]:
     yield CloseSessions(_target(stream, columns))
+
+
+def _detach(stream: int, columns: Any, _: int) -> Iterator[Command]:
+    yield DetachSessions(_target(stream, columns))
 
 
 def _cancel(stream: int, columns: Any, _: int) -> Iterator[Command]:
@@ -175,6 +183,7 @@ _DECODERS: dict[str, Any] = {
     "close": _close,
     "cancel": _cancel,
     "acknowledge": _acknowledge,
+    "detach": _detach,
 }
 
 
@@ -187,7 +196,7 @@ def _requests(column: bytes) -> U64Array:
     requests = _numbers(column, "<u8", "requests")
     if not len(requests):
         raise invalid("the command has no rows", "requests")
-    if not requests.all():
+    if np.count_nonzero(requests) < len(requests):
         raise invalid("request numbers begin at 1", "requests")
     return requests
 
@@ -214,9 +223,9 @@ def _positions(column: bytes, number: int, field: str) -> IntArray | None:
     positions = _optional(column, "<u8", number, field)
     if positions is None:
         return None
-    if int(positions.max(initial=0)) > MAX_POSITION:
+    if np.count_nonzero(positions > MAX_POSITION):
         raise invalid(f"a position is out of range: at most {MAX_POSITION}", field)
-    return positions.astype(np.int64)
+    return positions.view("<i8")
 
 
 def _failures(stream: int, requests: Iterable[int], refusal: Refusal) -> Failures:

@@ -11,6 +11,7 @@ from cellserve_service.messages import (
     Answers,
     Done,
     Draining,
+    DurablePositions,
     Event,
     Failures,
     Opened,
@@ -21,6 +22,7 @@ from cellserve_service.outputs import OutputArrays
 # Bytes of an answer's columns beside its outputs: request, position, count, remaining.
 ANSWER_ROW_BYTES = 24
 EVENT_ROW_BYTES = 64
+DURABLE_ROW_BYTES = 16
 
 
 def encode_outputs(outputs: OutputArrays) -> values_pb2.OutputColumns:
@@ -75,6 +77,8 @@ def event_bytes(event: Event) -> int:
         return ANSWER_ROW_BYTES * len(event.requests) + output_bytes(event.outputs)
     if isinstance(event, Failures | Opened | Done):
         return EVENT_ROW_BYTES * len(event.requests)
+    if isinstance(event, DurablePositions):
+        return DURABLE_ROW_BYTES * len(event.handles)
     return EVENT_ROW_BYTES
 
 
@@ -83,8 +87,7 @@ def encode_events(events: Sequence[Event], max_bytes: int) -> Iterator[bytes]:
     response = StreamResponse()
     size = 0
     for event in events:
-        for part in _parts(event, max_bytes):
-            part_bytes = event_bytes(part)
+        for part, part_bytes in _parts(event, max_bytes):
             if size and size + part_bytes > max_bytes:
                 yield response.SerializeToString()
                 response = StreamResponse()
@@ -95,9 +98,10 @@ def encode_events(events: Sequence[Event], max_bytes: int) -> Iterator[bytes]:
         yield response.SerializeToString()
 
 
-def _parts(event: Event, max_bytes: int) -> Iterator[Event]:
-    if not isinstance(event, Answers) or event_bytes(event) <= max_bytes:
-        yield event
+def _parts(event: Event, max_bytes: int) -> Iterator[tuple[Event, int]]:
+    num_bytes = event_bytes(event)
+    if not isinstance(event, Answers) or num_bytes <= max_bytes:
+        yield event, num_bytes
         return
     total_rows = max(1, int(event.num_output_rows.sum()))
     row_bytes = output_bytes(event.outputs) / total_rows
@@ -105,10 +109,12 @@ def _parts(event: Event, max_bytes: int) -> Iterator[Event]:
     first, used = 0, 0.0
     for row, row_size in enumerate(sizes.tolist()):
         if row > first and used + row_size > max_bytes:
-            yield event.rows(first, row)
+            part = event.rows(first, row)
+            yield part, event_bytes(part)
             first, used = row, 0.0
         used += row_size
-    yield event.rows(first, len(sizes))
+    part = event.rows(first, len(sizes))
+    yield part, event_bytes(part)
 
 
 def _add(response: Any, event: Event) -> None:
@@ -118,9 +124,9 @@ def _add(response: Any, event: Event) -> None:
             answers = added.answers
             answers.requests = write_column(event.requests, "<u8")
             answers.positions = write_column(event.positions, "<u8")
-            if (event.counts != 1).any():
+            if np.count_nonzero(event.counts != 1):
                 answers.counts = write_column(event.counts, "<u4")
-            if event.remaining.any():
+            if np.count_nonzero(event.remaining):
                 answers.remaining = write_column(event.remaining, "<u4")
             answers.outputs.SetInParent()
             _add_outputs(answers.outputs, event.outputs)
@@ -141,11 +147,17 @@ def _add(response: Any, event: Event) -> None:
             opened.positions = write_column(event.positions, "<u8")
             opened.epochs = write_column(event.epochs, "<u8")
             opened.created.extend(event.created.tolist())
+            if event.durable_positions is not None:
+                opened.durable_positions = write_column(event.durable_positions, "<u8")
+            opened.durabilities.extend(event.durabilities.tolist())
         case Done():
             done = added.done
             done.requests = write_column(event.requests, "<u8")
             done.handles = write_column(event.handles, "<u8")
             done.epochs = write_column(event.epochs, "<u8")
+        case DurablePositions():
+            added.durable.handles = write_column(event.handles, "<u8")
+            added.durable.positions = write_column(event.positions, "<u8")
         case SessionEnded():
             added.ended.handles = write_column(event.handles, "<u8")
             added.ended.reasons.extend([event.reason] * len(event.handles))

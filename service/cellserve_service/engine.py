@@ -15,10 +15,12 @@ from cellserve_service.generation import (
     finish_generate_tick,
     submit_generate,
 )
+from cellserve_service.keeping import MOVED, Keeping, StoreRequest
 from cellserve_service.lifecycle import Lifecycle
 from cellserve_service.limits import EngineLimits
 from cellserve_service.messages import Command, Event
 from cellserve_service.opening import Opening
+from cellserve_service.recalling import Recalling
 from cellserve_service.run_tick import RunTick
 from cellserve_service.runs import Kind
 from cellserve_service.served import ServedModel
@@ -33,22 +35,40 @@ Tick = RunTick | GenerateTick
 class Engine:
     """Sessions of several models on one device, advanced a batch at a time."""
 
-    def __init__(self, steppers: Sequence[Stepper], limits: EngineLimits, statistics: Statistics) -> None:
+    def __init__(
+        self,
+        steppers: Sequence[Stepper],
+        limits: EngineLimits,
+        statistics: Statistics,
+        *,
+        has_store: bool = False,
+        wall_offset: float = 0.0,
+    ) -> None:
         sessions = SessionTable(limits.max_sessions)
         served = [ServedModel(index, stepper, sessions, limits) for index, stepper in enumerate(steppers)]
         statistics.models = [ModelStatistics() for _ in steppers]
-        self.core = Core(sessions, served, limits, statistics)
+        self.core = Core(sessions, served, limits, statistics, wall_offset=wall_offset)
+        self.keeping = self.core.keeping = Keeping(self.core) if has_store else None
         self._admission = Admission(self.core)
         self._opening = Opening(self.core)
         self._lifecycle = Lifecycle(self.core)
+        self._recalling = (
+            None
+            if self.keeping is None
+            else Recalling(self.core, self.keeping, self._lifecycle, lambda command: self._handle(command))
+        )
         self._turns = [(kind, model) for model in served for kind in (Kind.RUN, Kind.GENERATE)]
         self._turn = 0
         self._drained = False
 
     def handle(self, command: Command, now: float) -> None:
         """Take one command."""
+        self.core.now = now
+        if self._recalling is None or not self._recalling.recall(command):
+            self._handle(command)
+
+    def _handle(self, command: Command) -> None:
         core = self.core
-        core.now = now
         match command:
             case messages.SubmitRuns():
                 self._admission.submit(command)
@@ -72,7 +92,15 @@ class Engine:
                 self._lifecycle.get(command)
             case messages.ListSessions():
                 self._lifecycle.list_page(command)
+            case messages.DetachSessions():
+                self._lifecycle.detach(command)
+            case messages.CheckpointSession():
+                self._lifecycle.checkpoint(command)
+            case messages.RollbackSession():
+                self._lifecycle.rollback(command)
             case messages.CancelRuns():
+                if self._recalling is not None:
+                    self._recalling.cancel(command.stream, set(command.runs.tolist()))
                 cancel(core, command)
             case messages.StartStream():
                 core.streams.add(command.stream)
@@ -82,8 +110,23 @@ class Engine:
             case messages.SetStreamPaused():
                 set_paused(core, command.stream, paused=command.paused)
             case messages.Drain():
-                core.draining_until = now + command.timeout_seconds
+                core.draining_until = core.now + command.timeout_seconds
                 self._tell_draining(sorted(core.streams))
+            case messages.StoreReply():
+                command.take()
+            case messages.StoreTrouble():
+                assert self.keeping is not None
+                self.keeping.trouble = command.message
+                if not command.message:
+                    core.wake_all()
+            case messages.MovedAway():
+                self._move_away(command)
+
+    def _move_away(self, command: messages.MovedAway) -> None:
+        sessions = self.core.sessions
+        row = sessions.row_by_id.get(command.session_id)
+        if self.keeping is not None and row is not None and sessions.epoch[row] < command.epoch:
+            self.keeping.lose(row, MOVED)
 
     def _tell_draining(self, streams: Sequence[int]) -> None:
         core = self.core
@@ -127,11 +170,41 @@ class Engine:
         """Housekeeping, about once a second: expire idle sessions, forget ended ones."""
         self.core.now = now
         self._lifecycle.expire()
+        if self.keeping is not None:
+            self.keeping.shed(self.core.limits.max_parked_states)
+
+    def begin_checkpoint(self, now: float) -> None:
+        """Write every session that has changed, at its next run boundary."""
+        self.core.now = now
+        if self.keeping is not None:
+            self.keeping.begin_checkpoint()
+
+    def write_due(self, now: float) -> bool:
+        """Copy what is due to be written, as much as a turn takes; whether there is more."""
+        self.core.now = now
+        return self.keeping is not None and self.keeping.write_due()
+
+    def take_store_requests(self) -> list[StoreRequest]:
+        """What the state store is asked since the last time, in order."""
+        if self.keeping is None:
+            return []
+        requests, self.keeping.requests = self.keeping.requests, []
+        return requests
+
+    def _all_kept(self) -> bool:
+        """Whether the store has every durable session as it is; begins to write those that it has not."""
+        keeping = self.keeping
+        if keeping is None:
+            return True
+        keeping.begin_checkpoint()
+        while keeping.write_due():
+            pass
+        return not keeping.num_writing
 
     def take_events(self) -> list[Event]:
         """What has become ready since the last time, in order."""
         core = self.core
-        if core.is_draining and not self._drained and not core.sessions.num_unfinished.any():
+        if core.is_draining and not self._drained and not core.sessions.num_unfinished.any() and self._all_kept():
             self._drained = True
             core.events.append(messages.Drained())
         events, core.events = core.events, []

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from cellserve_service.engine import Engine
+from cellserve_service.keeping import StoreRequest
 from cellserve_service.messages import Command, Event
 
 SWEEP_SECONDS = 1.0
@@ -33,11 +34,16 @@ class EngineLoop:
         *,
         deliver: Callable[[list[Event]], None],
         failed: Callable[[BaseException], None],
+        ask_store: Callable[[list[StoreRequest]], None] | None = None,
+        checkpoint_interval_seconds: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._deliver = deliver
         self._failed = failed
+        self._ask_store = ask_store
+        self._checkpoint_interval_seconds = checkpoint_interval_seconds
+        self._is_checkpointing = False
         self._clock = clock
         self._inbox: deque[Command] = deque()
         self._loop = asyncio.get_running_loop()
@@ -47,6 +53,8 @@ class EngineLoop:
         gc.collect()
         gc.freeze()
         self._loop.call_later(SWEEP_SECONDS, self._sweep)
+        if ask_store is not None:
+            self._loop.call_later(checkpoint_interval_seconds, self._checkpoint)
 
     def post(self, command: Command) -> None:
         """Give the engine a command; it takes it in its next turn."""
@@ -73,14 +81,27 @@ class EngineLoop:
             tick = engine.begin_tick(clock())
             if tick is not None:
                 engine.finish_tick(tick, engine.collect(tick), clock())
+            if self._is_checkpointing:
+                self._is_checkpointing = engine.write_due(clock())
             events = engine.take_events()
+            requests = engine.take_store_requests()
         except BaseException as error:  # the process ends with it, whatever it is
             self._fail(error)
             return
+        if requests and self._ask_store is not None:
+            self._ask_store(requests)
         if events:
             self._deliver(events)
-        if engine.has_work:
+        if engine.has_work or self._is_checkpointing:
             self._ask_for_turn()
+
+    def _checkpoint(self) -> None:
+        if self._ended:
+            return
+        self._engine.begin_checkpoint(self._clock())
+        self._is_checkpointing = True
+        self._loop.call_later(self._checkpoint_interval_seconds, self._checkpoint)
+        self._ask_for_turn()
 
     def _sweep(self) -> None:
         if self._ended:

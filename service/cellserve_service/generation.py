@@ -17,6 +17,7 @@ from cellserve_service.replay import since_last_reset
 from cellserve_service.runs import Kind, Status
 from cellserve_service.scheduling import choose_sessions, leave_tick
 from cellserve_service.served import ServedModel
+from cellserve_service.sessions import Durability
 from cellserve_service.stepping import FloatArray, GenerateResult, IntArray, TokenArray
 
 MAX_TOKENS = 1_000_000
@@ -105,20 +106,28 @@ def _admit(core: Core, command: SubmitGenerate, row: int, digest: int) -> Refusa
         if not finished and position + len(tokens) != accepted:
             message = "the generate was broken off and other tokens have run since"
             return Refusal(ErrorReason.ERROR_REASON_POSITION_CONFLICT, message, position=accepted)
-        if not finished and core.is_draining:
-            return _draining()
+        if not finished and (refusal := _cannot_run(core, row)) is not None:
+            return refusal
         core.statistics.runs_deduplicated += 1
-        _tell(core, command, tokens, logprobs, position + len(tokens), finished, stopped)
+        _tell(core, row, command, tokens, logprobs, position + len(tokens), finished, stopped)
         if finished:
             return None
-    if core.is_draining:
-        return _draining()
-    _accept(core, command, row, digest, remaining)
-    return None
+    refusal = _cannot_run(core, row)
+    if refusal is None:
+        _accept(core, command, row, digest, remaining)
+    return refusal
 
 
 def _draining() -> Refusal:
     return Refusal(ErrorReason.ERROR_REASON_DRAINING, "the server is draining and takes no more runs")
+
+
+def _cannot_run(core: Core, row: int) -> Refusal | None:
+    """Why no more tokens are sampled for the session, if none are."""
+    if core.is_draining:
+        return _draining()
+    is_sync = core.sessions.durability[row] == Durability.SYNC
+    return core.keeping.unavailable() if core.keeping is not None and is_sync else None
 
 
 def _accept(core: Core, command: SubmitGenerate, row: int, digest: int, remaining: int) -> None:
@@ -208,6 +217,8 @@ def finish_generate_tick(core: Core, tick: GenerateTick, result: GenerateResult)
     for place, row in enumerate(tick.rows.tolist()):
         count = int(result.counts[place])
         _take_slice(core, served, row, result.tokens[place, :count], result.logprobs[place, :count])
+    if core.keeping is not None:
+        core.keeping.advanced(served, tick.rows, tick.rows)
     core.go_on(served, tick.rows)
 
 
@@ -222,9 +233,10 @@ def _take_slice(core: Core, served: ServedModel, row: int, tokens: TokenArray, l
         pause = (core.now - generation.last_token_at) / len(tokens)
         core.statistics.models[served.index].inter_token.observe(np.full(len(tokens), pause))
     generation.last_token_at = core.now
-    _tell(core, command, tokens, logprobs, position, finished, stopped)
+    if not generation.is_lost:
+        _tell(core, row, command, tokens, logprobs, position, finished, stopped)
     if finished or generation.broken_off is not None:
-        if not finished and generation.broken_off is not None:
+        if generation.broken_off is not None and (generation.is_lost or not finished):
             core.refuse(command.stream, [command.request], [generation.broken_off])
         served.runs.remove_first(row)
         core.end_generation(row)
@@ -251,6 +263,7 @@ def _hold(core: Core, served: ServedModel, row: int, start: int, tokens: TokenAr
 
 def _tell(
     core: Core,
+    row: int,
     command: SubmitGenerate,
     tokens: TokenArray,
     logprobs: FloatArray,
@@ -258,6 +271,5 @@ def _tell(
     finished: bool,
     stopped: bool,
 ) -> None:
-    core.events.append(
-        Generated(command.stream, command.request, tokens, logprobs, position, finished, stopped, command.seed)
-    )
+    event = Generated(command.stream, command.request, tokens, logprobs, position, finished, stopped, command.seed)
+    core.give(row, position, event)

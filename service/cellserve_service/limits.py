@@ -15,6 +15,8 @@ class EngineLimits:
     max_held_answer_bytes: int = 65536
     max_answer_bytes: int = 1048576
     max_open_sessions: int = 10000
+    max_parked_states: int = 65536
+    max_checkpoints: int = 8
     idle_timeout_seconds: float = 3600.0
     ended_session_memory_seconds: float = 600.0
     # A tick gives each session so many steps of its run at most, and so many in all before it takes one each: long

@@ -4,8 +4,9 @@ A process boundary could run here. Every command belongs to a stream (a number g
 carry request numbers; every request is answered by events to that stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,8 @@ class OpenSessions:
     states: Sequence[InitialState] | None
     all_or_none: bool = False
     attach: bool = True
+    holders: U64Array | None = None  # (n,) marks of the client; 0: none
+    request_id: str = ""  # of the call; a session that it created before is its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +91,30 @@ class SessionTarget:
     requests: U64Array
     handles: U64Array | None = None
     session_ids: Sequence[str] | None = None
+    request_id: str = ""  # of the call; the session remembers the last one that changed it
+    holder: int = 0  # the mark under which the caller holds the session
 
 
 @dataclass(frozen=True, slots=True)
 class ResetSessions:
     target: SessionTarget
+
+
+@dataclass(frozen=True, slots=True)
+class DetachSessions:
+    target: SessionTarget
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSession:
+    target: SessionTarget
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackSession:
+    target: SessionTarget
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +195,28 @@ class Drain:
     timeout_seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class StoreReply:
+    """The state store has done, or not done, something that was asked of it."""
+
+    take: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreTrouble:
+    """Why the state store does not answer; empty: it does again."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class MovedAway:
+    """Another server has taken a session over, at this epoch."""
+
+    session_id: str
+    epoch: int
+
+
 Command = (
     OpenSessions
     | SubmitRuns
@@ -190,6 +234,12 @@ Command = (
     | EndStream
     | SetStreamPaused
     | Drain
+    | DetachSessions
+    | CheckpointSession
+    | RollbackSession
+    | StoreReply
+    | StoreTrouble
+    | MovedAway
 )
 
 
@@ -205,6 +255,8 @@ class Opened:
     positions: IntArray
     epochs: IntArray
     created: NDArray[np.bool_]
+    durable_positions: IntArray | None  # None without a store
+    durabilities: NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +304,15 @@ class Generated:
 
 
 @dataclass(frozen=True, slots=True)
+class DurablePositions:
+    """Positions of a stream's sessions that have become safe in the state store."""
+
+    stream: int
+    handles: U64Array
+    positions: IntArray
+
+
+@dataclass(frozen=True, slots=True)
 class Failures:
     stream: int
     requests: U64Array
@@ -260,7 +321,7 @@ class Failures:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Resets and closes that are done."""
+    """Resets, closes, detaches and marks that are done."""
 
     stream: int
     requests: U64Array
@@ -278,6 +339,14 @@ class SessionEnded:
     reason: ErrorReason.ValueType
 
 
+class Tier(Enum):
+    """Where a session's state is."""
+
+    DEVICE = "device"
+    HOST = "host"
+    STORE = "store"
+
+
 @dataclass(frozen=True, slots=True)
 class SessionFacts:
     """One session as it stands."""
@@ -288,10 +357,14 @@ class SessionFacts:
     position: int
     epoch: int
     num_pending_tokens: int
-    on_device: bool
+    durability: Durability.ValueType
+    durable_position: int | None  # None without a store
+    tier: Tier
     attached: bool
+    generating: bool
     idle_seconds: float
     age_seconds: float
+    marks: Sequence[tuple[str, int]] = ()  # names and positions, oldest first
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +411,7 @@ Event = (
     | Generated
     | Failures
     | Done
+    | DurablePositions
     | SessionEnded
     | SessionsListed
     | StateExported

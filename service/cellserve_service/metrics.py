@@ -1,6 +1,7 @@
 """Exports what was counted to Prometheus: reads the engine's arrays at scrape time, on the metrics server's thread."""
 
 import platform
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 
@@ -83,8 +84,9 @@ class ServerCollector(Collector):
         for served in core.served:
             num_open = int(np.count_nonzero(sessions.is_open & (sessions.model == served.index)))
             resident = served.slots.num_resident
+            stored = int(np.count_nonzero(sessions.is_in_store & (sessions.model == served.index)))
             row_bytes = 4 * served.info.num_layers * served.info.state_size
-            for tier, number in (("device", resident), ("host", num_open - resident)):
+            for tier, number in (("device", resident), ("host", num_open - resident - stored), ("store", stored)):
                 labels = (served.info.name, tier)
                 tiers.append((labels, number))
                 state_bytes.append((labels, number * row_bytes))
@@ -112,8 +114,22 @@ class ServerCollector(Collector):
             [((), statistics.runs_deduplicated)],
         )
         yield _gauge("steps_pending", "Tokens accepted and not yet run.", [((), core.num_pending_tokens)])
+        yield from self._of_store(core)
         held = 4 * sum(served.runs.held_pool.num_live for served in core.served)
         yield _gauge("held_answer_bytes", "Bytes of answers held for repeats.", [((), held)])
+
+    def _of_store(self, core: Core) -> Iterator[Metric]:
+        statistics, keeping = self._statistics, core.keeping
+        yield _histogram(
+            "checkpoint_duration_seconds",
+            "From copying sessions to their rows being safe in the state store.",
+            [((), statistics.checkpoint_duration)],
+        )
+        lag = 0.0 if keeping is None else keeping.lag_seconds(time.monotonic())
+        yield _gauge("checkpoint_lag_seconds", "Age of the oldest change that is not safe in the store.", [((), lag)])
+        yield _counter("store_errors", "Batches that the state store did not take.", [((), statistics.store_errors)])
+        fenced = 0 if keeping is None else keeping.num_fenced
+        yield _counter("fenced_writes", "Writes refused because another server has the session.", [((), fenced)])
 
     def _of_models(self, core: Core) -> Iterator[Metric]:
         names = [(served.info.name,) for served in core.served]
@@ -145,6 +161,8 @@ class ServerCollector(Collector):
         yield _counter("parked", "States moved from the device to host memory.", parked, label)
         unparked = [((served.info.name,), float(served.slots.num_unparked)) for served in core.served]
         yield _counter("unparked", "States moved back to the device.", unparked, label)
+        fetched = [((served.info.name,), float(served.slots.num_fetched)) for served in core.served]
+        yield _counter("fetched", "States that came back from the state store.", fetched, label)
         for name, help_text, of in _MODEL_HISTOGRAMS:
             yield _histogram(name, help_text, histograms(of), label)
 

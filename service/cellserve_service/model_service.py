@@ -28,6 +28,9 @@ class ModelServicer:
             max_message_bytes=max_message_bytes,
             max_answer_bytes=limits.max_answer_bytes,
             max_open_sessions=limits.max_open_sessions,
+            max_held_answers=limits.max_held_answers,
+            max_held_answer_bytes=limits.max_held_answer_bytes,
+            max_checkpoints=limits.max_checkpoints,
         )
 
     async def list_models(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:

@@ -1,31 +1,53 @@
 """Opens sessions: creates them, or attaches the ones that exist and takes them over from whoever held them."""
 
+import hashlib
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cellserve.v1.errors_pb2 import ErrorReason
-from cellserve.v1.stream_pb2 import Durability, OpenMode
+from cellserve.v1.stream_pb2 import Durability as ContractDurability
+from cellserve.v1.stream_pb2 import OpenMode
+from cellserve_service.adoption import adopt, ended_refusal, first_answer
 from cellserve_service.core import Core, Operation
 from cellserve_service.errors import Refusal, invalid, reason_name
+from cellserve_service.keeping import MOVED
 from cellserve_service.messages import InitialState, Opened, OpenSessions
 from cellserve_service.served import ServedModel
-from cellserve_service.sessions import NO_STREAM
+from cellserve_service.sessions import NO_STREAM, Durability
+from cellserve_service.snapshots import new_session
 from cellserve_service.stepping import ModelInfo
+from cellserve_service.stores.operations import Claim, ClaimAll, Claimed, ClaimMode, ClaimResult, Outcome, Row
+from cellserve_service.stores.rows import LastRequest, StoredSession, encode_session
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MODES = frozenset(OpenMode.values())
-_DURABILITIES = frozenset(Durability.values())
+_DURABILITIES = frozenset(ContractDurability.values())
+# Modes in which nothing is created.
+_EXISTING = frozenset((OpenMode.OPEN_MODE_ATTACH, OpenMode.OPEN_MODE_RESUME))
+_CLAIM_MODES = {
+    OpenMode.OPEN_MODE_UNSPECIFIED: ClaimMode.ATTACH_OR_CREATE,
+    OpenMode.OPEN_MODE_ATTACH: ClaimMode.ATTACH,
+    OpenMode.OPEN_MODE_CREATE: ClaimMode.CREATE,
+    OpenMode.OPEN_MODE_ATTACH_OR_CREATE: ClaimMode.ATTACH_OR_CREATE,
+    OpenMode.OPEN_MODE_RESUME: ClaimMode.RESUME,
+}
 
 _MOVED = Refusal(ErrorReason.ERROR_REASON_SESSION_MOVED, "the session was taken over")
 _ATTACHED_AGAIN = Refusal(ErrorReason.ERROR_REASON_STALE_HANDLE, "the session was attached again on this stream")
 
 
-def new_session_id() -> str:
-    return secrets.token_hex(12)
+def made_id(request_id: str, place: int | str) -> str:
+    """The id of a session that comes without one; a repeat of the call means the same session.
+
+    place: tells the sessions of one call from each other.
+    """
+    if not request_id:
+        return secrets.token_hex(12)
+    return hashlib.sha256(f"{place} {request_id}".encode()).hexdigest()[:24]
 
 
 def check_session_id(session_id: str) -> Refusal | None:
@@ -60,9 +82,12 @@ class _Row:
     session_id: str
     row: int
     created: bool
+    claimed_epoch: int = 0  # by the store; 0: the session is not durable
     handle: int = 0
     epoch: int = 0
     position: int = 0
+    durable_position: int = 0
+    durability: int = Durability.NONE
 
 
 class Opening:
@@ -71,42 +96,54 @@ class Opening:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._served_by_name = {served.info.name: served for served in core.served}
+        self._num_coming = 0  # sessions of which the store has been asked
 
     def open(self, command: OpenSessions) -> None:
         """Open every row that can be opened; with `all_or_none`, all rows or none."""
-        core = self._core
         ids = command.session_ids
         if ids is None:
-            ids = [new_session_id() for _ in command.requests]
+            ids = [made_id(command.request_id, place) for place in range(len(command.requests))]
         refusals = self._check(command, ids)
-        for refusal in refusals.values():
-            core.statistics.sessions_rejected[reason_name(refusal.reason)] += 1
-        if refusals and command.all_or_none:
-            place, refusal = min(refusals.items())
-            core.refuse(command.stream, command.requests[:1], [_naming(refusal, place, ids)])
-            return
         if refusals:
-            places = sorted(refusals)
-            requests = command.requests[np.array(places)]
-            core.refuse(command.stream, requests, [refusals[place] for place in places])
+            self._refuse(command, ids, refusals)
+            if command.all_or_none:
+                return
         places = [place for place in range(len(ids)) if place not in refusals]
-        if places:
-            self._open(command, ids, places)
+        claims = [place for place in places if self._needs_claim(command, ids[place])]
+        if claims and command.all_or_none:
+            self._claim(command, ids, places)
+            return
+        if claims:
+            self._claim(command, ids, claims)
+        claimed = set(claims)
+        here = [place for place in places if place not in claimed]
+        if here:
+            self._open(command, ids, here)
 
     def _open(self, command: OpenSessions, ids: Sequence[str], places: Sequence[int]) -> None:
-        """Answer once for all places: at once, unless a tick of a generate must be waited for."""
+        """Open sessions that concern no state store."""
         row_by_id = self._core.sessions.row_by_id
         new = [place for place in places if ids[place] not in row_by_id]
         opened = [_Row(place, ids[place], row_by_id[ids[place]], False) for place in places if ids[place] in row_by_id]
-        opened += self._create(command, ids, new)
-        missing = len(opened)
+        self._finish(command, [*opened, *self._create(command, ids, new)])
+
+    def _finish(self, command: OpenSessions, opened: Sequence[_Row], told: Sequence[_Row] = ()) -> None:
+        """Answer once for all that were opened: at once, unless a tick of a generate must be waited for.
+
+        told: what the first of two equal calls has opened.
+        """
+        sessions, missing = self._core.sessions, len(opened)
+        if not missing:
+            self._tell(command, told)
 
         def settle(row: _Row) -> None:
             nonlocal missing
-            row.position = int(self._core.sessions.accepted[row.row])
+            row.position = int(sessions.accepted[row.row])
+            row.durable_position = int(sessions.durable_position[row.row])
+            row.durability = int(sessions.durability[row.row])
             missing -= 1
             if not missing:
-                self._tell(command, sorted(opened, key=lambda row: row.place))
+                self._tell(command, sorted([*opened, *told], key=lambda row: row.place))
 
         for row in opened:
             self._take_over(command, row)
@@ -114,6 +151,209 @@ class Opening:
                 self._core.when_idle(row.row, Operation(lambda row=row: settle(row)))  # type: ignore[misc]
             else:
                 settle(row)
+
+    # With a state store: what is to be durable, and what may be stored, is claimed there before it is opened here.
+
+    def _needs_claim(self, command: OpenSessions, session_id: str) -> bool:
+        core = self._core
+        if core.keeping is None:
+            return False
+        row = core.sessions.row_by_id.get(session_id)
+        if row is not None:
+            return bool(core.sessions.durability[row] != Durability.NONE)
+        return command.session_ids is not None or self._durability(command) != Durability.NONE
+
+    def _durability(self, command: OpenSessions) -> int:
+        """What sessions that the command creates get."""
+        if command.durability != ContractDurability.DURABILITY_UNSPECIFIED:
+            return command.durability
+        return Durability.NONE if self._core.keeping is None else Durability.PERIODIC
+
+    def _claim(self, command: OpenSessions, ids: Sequence[str], places: Sequence[int], *, looked: bool = False) -> None:
+        core, keeping = self._core, self._core.keeping
+        assert keeping is not None
+        # Before a session is taken over it is looked for whether this is the repeat of the call that made it.
+        looks = not looked and bool(command.request_id) and _CLAIM_MODES[command.mode] is ClaimMode.ATTACH_OR_CREATE
+        claims = [self._make_claim(command, ids[place], place, looks=looks) for place in places]
+        num_new = sum(ids[place] not in core.sessions.row_by_id for place in places)
+        self._num_coming += num_new
+
+        def done(outcomes: Sequence[Outcome]) -> None:
+            self._num_coming -= num_new
+            claimed = outcomes[0] if command.all_or_none else outcomes
+            assert isinstance(claimed, Sequence)
+            one_each = [outcome for outcome in claimed if isinstance(outcome, Claimed)]
+            exist = [one for one in one_each if one.result is ClaimResult.EXISTS]
+            if looks and exist and not all(_first_answer(command, one) for one in one_each):
+                self._claim(command, ids, places, looked=True)
+                return
+            self._take_claimed(command, ids, places, one_each)
+
+        def failed(refusal: Refusal) -> None:
+            self._num_coming -= num_new
+            if self._durability(command) == Durability.NONE and command.mode not in _EXISTING:
+                # A server without its store still serves sessions that need none.
+                self._take_claimed(command, ids, places, [Claimed(ClaimResult.MISSING)] * len(places))
+            else:
+                self._refuse(command, ids, dict.fromkeys(places, refusal))
+
+        keeping.ask([ClaimAll(claims)] if command.all_or_none else claims, done, failed)
+
+    def _make_claim(self, command: OpenSessions, session_id: str, place: int, *, looks: bool) -> Claim:
+        core, served = self._core, self._served_by_name[command.model]
+        row = core.sessions.row_by_id.get(session_id)
+        mode = _CLAIM_MODES[command.mode]
+        if looks or command.states is not None or command.session_ids is None:
+            mode = ClaimMode.CREATE
+        created, holder = None, self._holder(command, place)
+        if row is None and mode not in (ClaimMode.ATTACH, ClaimMode.RESUME):
+            durability = self._durability(command)
+            if durability != Durability.NONE:
+                state = None if command.states is None else command.states[place]
+                session = new_session(
+                    served,
+                    durability=durability,
+                    created_at=core.now + core.wall_offset,
+                    request_id=command.request_id,
+                    position=0 if state is None else state.position,
+                    values=None if state is None else state.values,
+                )
+                idle = core.limits.idle_timeout_seconds
+                created = created_row(session_id, command.model, session, idle, holder=holder)
+        return Claim(
+            session_id,
+            command.model,
+            mode,
+            # A session without a mark is not resumed by asking for none.
+            holder=None if mode is ClaimMode.RESUME and not holder else holder,
+            epoch=0 if row is None else int(core.sessions.epoch[row]) + 1,
+            is_resident=row is not None,
+            created=created,
+        )
+
+    def _holder(self, command: OpenSessions, place: int) -> int:
+        return 0 if command.holders is None else int(command.holders[place])
+
+    def _take_claimed(
+        self, command: OpenSessions, ids: Sequence[str], places: Sequence[int], outcomes: Sequence[Claimed]
+    ) -> None:
+        opened: list[_Row] = []
+        refusals: dict[int, Refusal] = {}
+        told: list[_Row] = []  # what an earlier call of the same request id has opened
+        for place, claimed in zip(places, outcomes, strict=True):
+            if claimed.result is ClaimResult.UNDONE:
+                continue
+            found = self._take_one(command, ids[place], place, claimed)
+            if isinstance(found, Refusal):
+                refusals[place] = found
+            elif found.row < 0:
+                told.append(found)
+            else:
+                opened.append(found)
+        if refusals:
+            self._refuse(command, ids, refusals)
+            if command.all_or_none:
+                return
+        if told or opened:
+            self._finish(command, opened, told)
+
+    def _take_one(self, command: OpenSessions, session_id: str, place: int, claimed: Claimed) -> "_Row | Refusal":
+        """One session as the store's answer makes it; _finish gives it to its stream."""
+        core, sessions = self._core, self._core.sessions
+        row = sessions.row_by_id.get(session_id)
+        keeping = core.keeping
+        assert keeping is not None
+        match claimed.result:
+            case ClaimResult.CREATED:
+                if row is not None:
+                    # What was here of this id has ended elsewhere.
+                    keeping.lose(row, MOVED)
+                if not sessions.num_free:
+                    return session_limit(core)
+                [created] = self._create(command, {place: session_id}, [place])
+                sessions.durability[created.row] = self._durability(command)
+                sessions.durable_position[created.row] = sessions.position[created.row]
+                sessions.epoch[created.row] = claimed.epoch
+                if command.request_id:
+                    last = LastRequest(command.request_id, claimed.epoch, int(sessions.position[created.row]))
+                    sessions.last_request[created.row] = last
+                return created
+            case ClaimResult.TAKEN | ClaimResult.KEPT:
+                if row is not None and claimed.result is ClaimResult.KEPT:
+                    return _Row(place, session_id, row, False, claimed.epoch)
+                if row is not None:
+                    keeping.lose(row, MOVED)
+                if claimed.row is None:
+                    gone = sessions.resolve_id(session_id)
+                    assert isinstance(gone, Refusal)
+                    if gone.reason == ErrorReason.ERROR_REASON_SESSION_NOT_FOUND:
+                        message = f"session {session_id!r} was just given up here; try again"
+                        gone = Refusal(ErrorReason.ERROR_REASON_STORE_UNAVAILABLE, message)
+                    return gone
+                if not sessions.num_free:
+                    return session_limit(core)
+                # As it was before the claim: to be opened raises it.
+                adopted = adopt(core, claimed.row, claimed.epoch - 1)
+                if isinstance(adopted, Refusal):
+                    return adopted
+                return _Row(place, session_id, adopted, False, claimed.epoch)
+            case ClaimResult.EXISTS:
+                first, stored = _first_answer(command, claimed), claimed.row
+                if first is not None:
+                    durability = self._durability(command)
+                    at = first.position
+                    return _Row(
+                        *(place, session_id, -1, True),
+                        epoch=first.epoch,
+                        position=at,
+                        durable_position=at,
+                        durability=durability,
+                    )
+                whose = "" if stored is None or stored.model == command.model else f" with model {stored.model!r}"
+                message = f"session {session_id!r} exists{whose}"
+                return Refusal(ErrorReason.ERROR_REASON_SESSION_EXISTS, message, field="session_ids")
+            case ClaimResult.MOVED:
+                return _resumed_by_another(session_id)
+        return self._take_missing(command, session_id, place, claimed, row)
+
+    def _take_missing(
+        self, command: OpenSessions, session_id: str, place: int, claimed: Claimed, row: int | None
+    ) -> "_Row | Refusal":
+        """The store has no such session."""
+        core = self._core
+        ended = claimed.ended
+        if row is not None:
+            assert core.keeping is not None
+            gone = None if ended is None else ended_refusal(session_id, ended)
+            if core.sessions.is_in_store[row]:  # nothing is left of it
+                gone = gone or Refusal(ErrorReason.ERROR_REASON_SESSION_NOT_FOUND, f"session {session_id!r} is lost")
+            elif ended is not None and ended.reason == ErrorReason.ERROR_REASON_SESSION_EXPIRED:
+                gone = None
+            if gone is not None:
+                core.keeping.lose(row, gone)
+                return gone
+            # It is here alone: the store lost it, or thought it idle. The next checkpoint mends that.
+            core.keeping.changed(row)
+            return _Row(place, session_id, row, False)
+        if command.mode in _EXISTING:
+            missing = core.sessions.resolve_id(session_id) if ended is None else ended_refusal(session_id, ended)
+            assert isinstance(missing, Refusal)
+            return missing
+        if not core.sessions.num_free:
+            return session_limit(core)
+        return self._create(command, {place: session_id}, [place])[0]
+
+    def _refuse(self, command: OpenSessions, ids: Sequence[str], refusals: dict[int, Refusal]) -> None:
+        """Refuse rows; with all_or_none one refusal stands for all."""
+        core = self._core
+        for refusal in refusals.values():
+            core.statistics.sessions_rejected[reason_name(refusal.reason)] += 1
+        if command.all_or_none:
+            place, refusal = min(refusals.items(), key=lambda item: item[0])
+            core.refuse(command.stream, command.requests[:1], [_naming(refusal, place, ids)])
+            return
+        places = sorted(refusals)
+        core.refuse(command.stream, command.requests[np.array(places)], [refusals[place] for place in places])
 
     def _take_over(self, command: OpenSessions, opened: _Row) -> None:
         """Give the session to the stream; whoever held it is refused from now on."""
@@ -130,11 +370,16 @@ class Opening:
                 },
             )
             new_owner = command.stream if command.attach else NO_STREAM
-            core.begin_epoch(row, new_owner, ErrorReason.ERROR_REASON_SESSION_MOVED)
+            core.begin_epoch(row, new_owner, ErrorReason.ERROR_REASON_SESSION_MOVED, opened.claimed_epoch)
             sessions.last_used[row] = core.now
+            if core.keeping is not None:
+                core.keeping.changed(row)  # its time to expire counts anew, and a crash should know that
+        sessions.holder[row] = self._holder(command, opened.place)
         opened.handle, opened.epoch = int(sessions.handle[row]), int(sessions.epoch[row])
 
-    def _create(self, command: OpenSessions, ids: Sequence[str], places: Sequence[int]) -> list[_Row]:
+    def _create(
+        self, command: OpenSessions, ids: Sequence[str] | Mapping[int, str], places: Sequence[int]
+    ) -> list[_Row]:
         core, served = self._core, self._served_by_name[command.model]
         owner = command.stream if command.attach else NO_STREAM
         rows = core.sessions.create([ids[place] for place in places], served.index, owner, core.now)
@@ -148,6 +393,7 @@ class Opening:
         return opened
 
     def _tell(self, command: OpenSessions, opened: Sequence[_Row]) -> None:
+        has_store = self._core.keeping is not None
         self._core.events.append(
             Opened(
                 stream=command.stream,
@@ -157,6 +403,8 @@ class Opening:
                 positions=np.array([row.position for row in opened]),
                 epochs=np.array([row.epoch for row in opened]),
                 created=np.array([row.created for row in opened]),
+                durable_positions=np.array([row.durable_position for row in opened]) if has_store else None,
+                durabilities=np.array([row.durability for row in opened], np.uint8),
             )
         )
 
@@ -170,7 +418,7 @@ class Opening:
             return dict.fromkeys(range(len(ids)), everywhere)
         refusals: dict[int, Refusal] = {}
         seen: set[str] = set()
-        room = core.sessions.num_free
+        room = core.sessions.num_free - self._num_coming
         for place, session_id in enumerate(ids):
             refusal = self._check_one(command, served, place, session_id, seen)
             seen.add(session_id)
@@ -194,7 +442,12 @@ class Opening:
             return invalid(f"durability {command.durability} is not known here", "durability")
         if self._core.is_draining:
             return no_more_sessions()
-        if command.durability in (Durability.DURABILITY_PERIODIC, Durability.DURABILITY_SYNC):
+        if command.mode == OpenMode.OPEN_MODE_RESUME and not command.attach:
+            return invalid("a session is resumed on a stream", "mode")
+        if command.mode == OpenMode.OPEN_MODE_RESUME and command.holders is None:
+            return invalid("resuming needs the marks of the holders", "holders")
+        durable = command.durability in (Durability.PERIODIC, Durability.SYNC)
+        if durable and self._core.keeping is None:
             message = "this server has no state store to keep sessions in"
             return Refusal(ErrorReason.ERROR_REASON_NO_STORE, message, field="durability")
         return None
@@ -214,8 +467,16 @@ class Opening:
                 return mismatch
         row = core.sessions.row_by_id.get(session_id)
         if row is None:
-            missing = core.sessions.resolve_id(session_id) if command.mode == OpenMode.OPEN_MODE_ATTACH else None
+            is_known_here = core.keeping is None and command.mode in _EXISTING
+            missing = core.sessions.resolve_id(session_id) if is_known_here else None
             return missing if isinstance(missing, Refusal) else None
+        if command.mode == OpenMode.OPEN_MODE_RESUME:
+            mark = self._holder(command, place)
+            if not mark or mark != int(core.sessions.holder[row]):
+                return _resumed_by_another(session_id)
+        last = core.sessions.last_request.get(row)
+        if last is not None and last.request_id and last.request_id == command.request_id:
+            return None  # a repeat, which is answered as the first call was
         exists = None
         if command.mode == OpenMode.OPEN_MODE_CREATE:
             exists = f"session {session_id!r} exists"
@@ -226,6 +487,32 @@ class Opening:
         if exists is not None:
             return Refusal(ErrorReason.ERROR_REASON_SESSION_EXISTS, exists, field="session_ids")
         return None
+
+
+def created_row(
+    session_id: str, model: str, session: StoredSession, idle_timeout_seconds: float, *, holder: int = 0
+) -> Row:
+    """The row of a session that is about to be created."""
+    return Row(
+        session_id=session_id,
+        model=model,
+        epoch=session.epoch,
+        position=session.position,
+        holder=holder,
+        expires_at=session.created_at + idle_timeout_seconds,
+        request_id=session.last_request.request_id,
+        blob=encode_session(session_id, session),
+    )
+
+
+def _first_answer(command: OpenSessions, claimed: Claimed) -> LastRequest | None:
+    """What an earlier call of the same request id was answered of a session that exists."""
+    return None if claimed.row is None else first_answer(claimed.row, command.request_id)
+
+
+def _resumed_by_another(session_id: str) -> Refusal:
+    message = f"session {session_id!r} has another holder by now"
+    return Refusal(ErrorReason.ERROR_REASON_SESSION_MOVED, message, field="holders")
 
 
 def no_more_sessions() -> Refusal:

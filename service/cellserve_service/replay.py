@@ -76,8 +76,9 @@ def answer_held(core: Core, served: ServedModel, run: int, asked: JoinedRequest)
     """Give the held answer of a finished run, in slices if it is long, or say that it was not kept."""
     runs, specs = served.runs, served.specs
     spec, start, count = int(runs.spec[run]), int(runs.start[run]), int(runs.count[run])
+    row = int(runs.session[run])
     if specs.has_outputs[spec] and runs.held[run] == NOT_HELD:
-        accepted = int(core.sessions.accepted[int(runs.session[run])])
+        accepted = int(core.sessions.accepted[row])
         return _not_held(accepted, "the answer was larger than max_held_answer_bytes")
     in_slices = specs.has_outputs[spec] and specs.is_every[spec]
     layout = specs.layouts[spec]
@@ -88,7 +89,9 @@ def answer_held(core: Core, served: ServedModel, run: int, asked: JoinedRequest)
     for first in range(0, count, slice_tokens):
         end = min(count, first + slice_tokens)
         rows = words if not in_slices or words is None else words[first:end]
-        core.events.append(
+        core.give(
+            row,
+            start + count,
             Answers(
                 stream=asked.stream,
                 requests=np.array([asked.request], np.uint64),
@@ -99,7 +102,7 @@ def answer_held(core: Core, served: ServedModel, run: int, asked: JoinedRequest)
                 num_output_rows=np.array([0 if rows is None else len(rows)]),
                 accepted_at=np.array([asked.accepted_at]),
                 model=served.index,
-            )
+            ),
         )
     return None
 

@@ -1,9 +1,12 @@
 """Reads the settings, sets up the logs, and runs the server."""
 
 import asyncio
+import contextlib
+import io
 import logging
 import sys
 from collections.abc import Sequence
+from typing import TextIO, cast
 
 import structlog
 
@@ -20,6 +23,19 @@ def run(arguments: Sequence[str]) -> int:
     except StartError as error:
         print(f"cellserve-server: {error}", file=sys.stderr)  # noqa: T201 - it is what the command says
         return 2
+
+
+class _LogFile(io.TextIOBase):
+    """Standard error. What it cannot take is lost: a full disk that logs go to must not end the server."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            return sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
 
 
 def _set_up_logs(settings: Settings) -> None:
@@ -39,7 +55,7 @@ def _set_up_logs(settings: Settings) -> None:
     structlog.configure(
         processors=[*shared, structlog.processors.format_exc_info, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _LogFile())),
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(

@@ -129,7 +129,7 @@ class RunTable:
         sessions = self._sessions
         while True:
             over = (sessions.num_held[rows] > max_held) | (sessions.held_words[rows] > max_words)
-            if not over.any():
+            if not np.count_nonzero(over):
                 return
             rows = rows[over]
             self._release_oldest(rows)
@@ -138,13 +138,13 @@ class RunTable:
         """Let go of held answers that end at or before the positions. rows: all different."""
         while True:
             holds = self._sessions.num_held[rows] > 0
-            if not holds.all():
+            if np.count_nonzero(holds) < len(rows):
                 rows, positions = rows[holds], positions[holds]
             if not len(rows):
                 return
             oldest = self._sessions.first_run[rows]
             known = self.start[oldest] + self.count[oldest] <= positions
-            if not known.all():
+            if np.count_nonzero(known) < len(rows):
                 rows, positions = rows[known], positions[known]
             self._release_oldest(rows)
 
@@ -213,15 +213,17 @@ class RunTable:
         if following == NO_RUN:
             self._sessions.last_run[row] = run
 
-    def hold(self, runs: IntArray, words: IntArray) -> int:
-        """Make room for the answers of runs, one after the other; returns the offset of the first.
+    def hold(self, runs: IntArray, words: IntArray) -> NDArray[np.uint32]:
+        """Make room for the answers of runs, one after the other; returns the words of all of them.
 
         words: (n,) of each run's whole answer, at least 1.
         """
-        offset = self.held_pool.allocate(int(words.sum()))
-        self.held[runs] = offset + words.cumsum() - words
+        ends = words.cumsum()
+        num_words = int(ends[-1])
+        offset = self.held_pool.allocate(num_words)
+        self.held[runs] = offset + ends - words
         self.held_words[runs] = words
-        return offset
+        return self.held_pool.rows[offset : offset + num_words, 0]
 
     def held_answer(self, run: int) -> NDArray[np.uint32]:
         """The words of a held answer; none where it is not held."""

@@ -7,7 +7,7 @@ from cellserve_service.core import Core
 from cellserve_service.errors import Refusal
 from cellserve_service.runs import Kind, Status
 from cellserve_service.served import ServedModel
-from cellserve_service.sessions import Stage
+from cellserve_service.sessions import Durability, Stage
 from cellserve_service.stepping import IntArray
 
 # Outputs of one tick in all: bounds what a tick of wide outputs takes in memory.
@@ -46,10 +46,15 @@ def leave_tick(core: Core, served: ServedModel, rows: IntArray) -> None:
 
 
 def _without_resting(core: Core, served: ServedModel, rows: IntArray, kind: int) -> IntArray:
-    """Let sessions rest that run for a stream which does not read its answers; returns the others."""
+    """Let sessions rest whose answers are not read, or cannot leave; returns the others."""
+    sessions = core.sessions
+    if kind == Kind.GENERATE and core.keeping is not None and core.keeping.trouble:
+        # What these sample could not leave, and would have to wait here.
+        waits = sessions.durability[rows] == Durability.SYNC
+        sessions.stage[rows[waits]] = Stage.RESTING
+        rows = rows[~waits]
     if not core.paused_streams:
         return rows
-    sessions = core.sessions
     streams = served.runs.stream[sessions.next_run[rows]]
     resting = np.isin(streams, list(core.paused_streams))
     if kind == Kind.RUN:
@@ -63,7 +68,7 @@ def _without_late(core: Core, served: ServedModel, rows: IntArray) -> IntArray:
     """Withdraw runs whose time to begin is over; returns the sessions that are still to be stepped."""
     runs = core.sessions.next_run[rows]
     late = served.runs.deadline[runs] < core.now
-    if not late.any():
+    if not np.count_nonzero(late):
         return rows
     late &= served.runs.status[runs] == Status.WAITING
     for row, run in zip(rows[late].tolist(), runs[late].tolist(), strict=True):

@@ -2,10 +2,11 @@
 
 import asyncio
 import os
+import secrets
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 
 import grpc
 import structlog
@@ -20,13 +21,16 @@ from cellserve_service.engine_loop import EngineLoop
 from cellserve_service.front import Front
 from cellserve_service.handlers import Behavior, CallsInFlight, add_service
 from cellserve_service.idempotency import RequestMemory
-from cellserve_service.messages import Drain
+from cellserve_service.keeper import Keeper
+from cellserve_service.messages import Drain, MovedAway
 from cellserve_service.metrics import GrpcMetrics, ServerCollector
 from cellserve_service.model_service import ModelServicer
 from cellserve_service.session_service import SessionServicer
 from cellserve_service.settings import Settings
 from cellserve_service.statistics import Statistics
 from cellserve_service.stepping import Stepper
+from cellserve_service.stores import open_store
+from cellserve_service.stores.operations import StateStore, StoreError
 from cellserve_service.stream import ENGINE_FAILED, STOPPING, StreamServicer
 from cellserve_service.unary import UnaryCalls
 
@@ -67,33 +71,75 @@ class Server:
         port = self._bind(server)
         metrics_port = self._serve_metrics(registry)
 
-        engine = self._engine = Engine(self._load_steppers(settings), settings.engine_limits(), self._statistics)
+        store = await self._open_store()
+        engine = self._engine = Engine(
+            self._load_steppers(settings),
+            settings.engine_limits(),
+            self._statistics,
+            has_store=store is not None,
+            wall_offset=time.time() - time.monotonic(),
+        )
 
         def fail(_: BaseException) -> None:
             self._failed = True
             stopping.set()
 
-        engine_loop = EngineLoop(engine, deliver=lambda events: front.deliver(events), failed=fail)
+        engine_loop = EngineLoop(
+            engine,
+            deliver=lambda events: front.deliver(events),
+            failed=fail,
+            ask_store=None if store is None else lambda requests: keeper.submit(requests),
+            checkpoint_interval_seconds=settings.checkpoint_interval_seconds,
+        )
         front = Front(engine_loop.post)
+        tasks = [asyncio.create_task(self._watch_loop_lag())]
+        if store is not None:
+            keeper = Keeper(store, engine_loop.post, self._statistics)
+            tasks.append(asyncio.create_task(_watched(keeper.run(), fail)))
+            moved = store.watch(lambda session_id, epoch: engine_loop.post(MovedAway(session_id, epoch)))
+            tasks.append(asyncio.create_task(_watched(moved, fail)))
         streams, sessions = self._add_services(server, front, engine, GrpcMetrics(registry))
         healthy = self._add_standard_services(server)
         await server.start()
         for name in ("", SESSION_SERVICE.full_name, MODEL_SERVICE.full_name):
             await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._announce(engine, port, metrics_port)
-        lag = asyncio.create_task(self._watch_loop_lag())
         await stopping.wait()
-        lag.cancel()
         await healthy.enter_graceful_shutdown()
         if self._failed:
             streams.end_streams(ENGINE_FAILED)
             sessions.fail_all(ENGINE_FAILED)
             await server.stop(1.0)
-            log.error("engine_failed", advice="restart the server; sessions continue from exported states")
+            log.error(
+                "engine_failed", advice="restart the server; durable sessions go on from the store, others are lost"
+            )
             return 1
         await self._drain(server, front, streams)
         engine_loop.stop()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if store is not None:
+            await store.close()
         return 1 if self._failed else 0
+
+    async def _open_store(self) -> StateStore | None:
+        settings = self._settings
+        if not settings.store:
+            return None
+        store = open_store(
+            settings.store,
+            # Never 0, and positive in 64 bits with a sign.
+            replica=secrets.randbits(62) + 1,
+            ended_memory_seconds=settings.ended_session_memory_seconds,
+        )
+        try:
+            await store.open()
+        except StoreError as error:
+            raise StartError(f"cannot use the state store: {error}") from error
+        for warning in store.warnings:
+            log.warning("store", advice=warning)
+        return store
 
     def _grpc_server(self) -> grpc.aio.Server:
         settings = self._settings
@@ -174,6 +220,8 @@ class Server:
             "close_session": sessions.close_session,
             "export_session": sessions.export_session,
             "import_session": sessions.import_session,
+            "checkpoint_session": sessions.checkpoint_session,
+            "rollback_session": sessions.rollback_session,
             "step": sessions.step,
             "generate": sessions.generate,
         }
@@ -245,6 +293,15 @@ class Server:
             )
         print("\n".join(lines), file=sys.stderr, flush=True)  # noqa: T201 - what the command says at its start
         log.info("serving", listen=f"{host}:{port}", models=[served.info.name for served in engine.core.served])
+
+
+async def _watched(work: Coroutine[object, object, None], failed: Callable[[BaseException], None]) -> None:
+    """Run what must run as long as the server does: an exception of it ends the server."""
+    try:
+        await work
+    except Exception as error:
+        failed(error)
+        log.exception("store_failed")
 
 
 class LoadSteppers:

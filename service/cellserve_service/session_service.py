@@ -20,7 +20,7 @@ from cellserve_service.errors import Refusal, invalid
 from cellserve_service.generation import MAX_STOP_TOKENS, MAX_TOKENS
 from cellserve_service.idempotency import RequestMemory
 from cellserve_service.limits import EngineLimits
-from cellserve_service.messages import InitialState, SessionFacts, SessionTarget
+from cellserve_service.messages import InitialState, SessionFacts, SessionTarget, Tier
 from cellserve_service.opening import check_session_id
 from cellserve_service.outputs import OutputArrays
 from cellserve_service.state_format import MAX_POSITION, decode_state, encode_state
@@ -30,6 +30,12 @@ from cellserve_service.unary import UnaryCalls
 
 MAX_PAGE_SIZE = 10000
 DEFAULT_PAGE_SIZE = 100
+
+_TIERS = {
+    Tier.DEVICE: pb.Tier.TIER_DEVICE,
+    Tier.HOST: pb.Tier.TIER_HOST,
+    Tier.STORE: pb.Tier.TIER_STORE,
+}
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Answer = TypeVar("Answer", bound=Message)
@@ -67,6 +73,7 @@ class SessionServicer:
                     states=states,
                     all_or_none=True,
                     attach=False,
+                    request_id=request.request_id,
                 )
             )
             assert isinstance(opened, messages.Opened)
@@ -86,6 +93,8 @@ class SessionServicer:
         most = self._limits.max_open_sessions
         if number > most:
             raise invalid(f"{number} sessions in one call; at most {most}", "count")
+        if request.mode == stream_pb2.OpenMode.OPEN_MODE_RESUME:
+            raise invalid("a session is resumed on a stream", "mode")
         if request.count and request.mode == stream_pb2.OpenMode.OPEN_MODE_ATTACH:
             raise invalid("attaching needs session_ids", "session_ids")
         return number
@@ -122,7 +131,7 @@ class SessionServicer:
 
     async def reset_session(self, request: pb.ResetSessionRequest, context: Context) -> pb.ResetSessionResponse:
         async def call() -> pb.ResetSessionResponse:
-            done = await self._ask_of(request.session_id, messages.ResetSessions)
+            done = await self._ask_of(request.session_id, messages.ResetSessions, request.request_id, request.holder)
             assert isinstance(done, messages.Done)
             return pb.ResetSessionResponse(epoch=int(done.epochs[0]))
 
@@ -137,6 +146,7 @@ class SessionServicer:
             forked = await self._ask_of(
                 request.session_id,
                 lambda target: messages.ForkSession(target, request.fork_session_id or None),
+                request.request_id,
             )
             assert isinstance(forked, messages.SessionForked)
             return pb.ForkSessionResponse(session_id=forked.session_id, position=forked.position, epoch=forked.epoch)
@@ -145,7 +155,7 @@ class SessionServicer:
 
     async def close_session(self, request: pb.CloseSessionRequest, context: Context) -> pb.CloseSessionResponse:
         async def call() -> pb.CloseSessionResponse:
-            done = await self._ask_of(request.session_id, messages.CloseSessions)
+            done = await self._ask_of(request.session_id, messages.CloseSessions, request.request_id)
             assert isinstance(done, messages.Done)
             return pb.CloseSessionResponse(position=int(done.positions[0]))
 
@@ -164,9 +174,45 @@ class SessionServicer:
             if not request.HasField("state"):
                 raise invalid("the state is missing", "state")
             state = _state(request.state)
-            done = await self._ask_of(request.session_id, lambda target: messages.ImportSession(target, state))
+            done = await self._ask_of(
+                request.session_id,
+                lambda target: messages.ImportSession(target, state),
+                request.request_id,
+                request.holder,
+            )
             assert isinstance(done, messages.Done)
             return pb.ImportSessionResponse(position=int(done.positions[0]), epoch=int(done.epochs[0]))
+
+        return await self._answer(context, request, call, request.request_id)
+
+    async def checkpoint_session(
+        self, request: pb.CheckpointSessionRequest, context: Context
+    ) -> pb.CheckpointSessionResponse:
+        async def call() -> pb.CheckpointSessionResponse:
+            _check_mark_name(request.name)
+            done = await self._ask_of(
+                request.session_id,
+                lambda target: messages.CheckpointSession(target, request.name),
+                request.request_id,
+            )
+            assert isinstance(done, messages.Done)
+            return pb.CheckpointSessionResponse(position=int(done.positions[0]))
+
+        return await self._answer(context, request, call, request.request_id)
+
+    async def rollback_session(
+        self, request: pb.RollbackSessionRequest, context: Context
+    ) -> pb.RollbackSessionResponse:
+        async def call() -> pb.RollbackSessionResponse:
+            _check_mark_name(request.name)
+            done = await self._ask_of(
+                request.session_id,
+                lambda target: messages.RollbackSession(target, request.name),
+                request.request_id,
+                request.holder,
+            )
+            assert isinstance(done, messages.Done)
+            return pb.RollbackSessionResponse(position=int(done.positions[0]), epoch=int(done.epochs[0]))
 
         return await self._answer(context, request, call, request.request_id)
 
@@ -233,12 +279,24 @@ class SessionServicer:
             self._generating.remove(calls)
             calls.close()
 
-    async def _ask_of(self, session_id: str, command: Callable[[SessionTarget], messages.Command]) -> messages.Event:
+    async def _ask_of(
+        self,
+        session_id: str,
+        command: Callable[[SessionTarget], messages.Command],
+        request_id: str = "",
+        holder: int = 0,
+    ) -> messages.Event:
         """Ask the engine something about one session. Raises Refusal."""
         _check_given(session_id)
         return await self._calls.ask(
             lambda asked: command(
-                SessionTarget(self._calls.stream, np.array([asked], np.uint64), session_ids=[session_id])
+                SessionTarget(
+                    self._calls.stream,
+                    np.array([asked], np.uint64),
+                    session_ids=[session_id],
+                    request_id=request_id,
+                    holder=holder,
+                )
             )
         )
 
@@ -254,6 +312,13 @@ class SessionServicer:
 def _check_given(session_id: str) -> None:
     if not session_id:
         raise invalid("the session id is missing", "session_id")
+
+
+def _check_mark_name(name: str) -> None:
+    refusal = check_session_id(name)
+    if refusal is not None:
+        message = f"{name[:128]!r} names no checkpoint: 1 to 128 characters out of A-Z, a-z, 0-9, '.', '_', ':', '-'"
+        raise invalid(message, "name")
 
 
 def _generate(request: pb.GenerateRequest, stream: int) -> Callable[[int], messages.SubmitGenerate]:
@@ -323,8 +388,11 @@ def _session(facts: SessionFacts) -> pb.Session:
         position=facts.position,
         epoch=facts.epoch,
         num_pending_tokens=facts.num_pending_tokens,
-        durability=stream_pb2.Durability.DURABILITY_NONE,
-        tier=pb.Tier.TIER_DEVICE if facts.on_device else pb.Tier.TIER_HOST,
+        durability=facts.durability,
+        durable_position=facts.durable_position,
+        tier=_TIERS[facts.tier],
+        generating=facts.generating,
+        checkpoints=[pb.Checkpoint(name=name, position=position) for name, position in facts.marks],
         attached=facts.attached,
         idle_seconds=facts.idle_seconds,
         age_seconds=facts.age_seconds,

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from cellserve.v1.errors_pb2 import ErrorReason
 from cellserve_service.errors import Refusal
 from cellserve_service.stepping import FloatArray, IntArray
+from cellserve_service.stores.rows import LastRequest
 
 NO_STREAM = 0
 NO_RUN = -1
 NO_SLOT = 0
 
-_ENDED_MESSAGE = {
+ENDED_MESSAGE = {
     ErrorReason.ERROR_REASON_SESSION_EXPIRED: "was idle for too long and has ended",
     ErrorReason.ERROR_REASON_SESSION_EVICTED: "was ended by the server",
     ErrorReason.ERROR_REASON_SESSION_CLOSED: "was closed",
@@ -30,6 +31,15 @@ class Stage:
     READY: Final = 1  # the session stands in the queue of its model
     RESTING: Final = 2  # its stream reads too slowly
     IN_TICK: Final = 3
+    LOADING: Final = 4  # its state comes from the store
+
+
+class Durability:
+    """What a crash may cost a session: the contract's numbers, plain for numpy."""
+
+    NONE: Final = 1
+    PERIODIC: Final = 2
+    SYNC: Final = 3
 
 
 class SessionTable:
@@ -62,6 +72,22 @@ class SessionTable:
         self.num_unfinished = np.zeros(capacity, np.int64)
         self.stage = np.zeros(capacity, np.uint8)
         self.is_generating = np.zeros(capacity, np.bool_)
+        # Tells a session from the ones that had its row before, for what comes back from the store.
+        self.incarnation = np.zeros(capacity, np.int64)
+        # Grows with every replacement of the state: positions of different lines have nothing to do with each other.
+        self.line = np.zeros(capacity, np.int64)
+        self.holder = np.zeros(capacity, np.uint64)  # the client's mark; 0: none
+        self.durability = np.full(capacity, Durability.NONE, np.uint8)
+        self.durable_position = np.zeros(capacity, np.int64)  # of a session that is not NONE
+        self.is_dirty = np.zeros(capacity, np.bool_)  # what the store has is behind
+        self.dirty_since = np.zeros(capacity, np.float64)
+        self.is_due = np.zeros(capacity, np.bool_)  # to be written at its next run boundary
+        self.num_writes = np.zeros(capacity, np.int64)  # on their way to the store
+        self.is_in_store = np.zeros(capacity, np.bool_)  # its state is in the store alone
+        self.last_request: dict[int, LastRequest] = {}
+        self.marks: dict[
+            int, dict[str, tuple[int, FloatArray]]
+        ] = {}  # by name, oldest first: position, (L, state_size)
         self.ids: list[str | None] = [None] * capacity
         self.row_by_id: dict[str, int] = {}
         self.parked: dict[int, FloatArray] = {}  # states in host memory, (L, state_size)
@@ -96,15 +122,25 @@ class SessionTable:
         self.owner[rows] = stream
         self.position[rows] = self.accepted[rows] = 0
         self.last_used[rows] = self.created_at[rows] = now
+        self.incarnation[rows] += 1
+        self.holder[rows] = 0
+        self.durability[rows] = Durability.NONE
+        self.durable_position[rows] = 0
+        self.is_dirty[rows] = self.is_due[rows] = self.is_in_store[rows] = False
+        self.num_writes[rows] = 0
         return rows
 
-    def forget_id(self, row: int, reason: ErrorReason.ValueType, now: float) -> None:
-        """A session ends: its id and handle name nothing any more, but for a while it is known why."""
+    def forget_id(self, row: int) -> str:
+        """A session leaves: its id and handle name nothing here any more. Returns the id."""
         session_id = self.ids[row]
         assert session_id is not None
         del self.row_by_id[session_id]
         self.ids[row] = None
         self._next_generation(row)
+        return session_id
+
+    def remember_ended(self, session_id: str, reason: ErrorReason.ValueType, now: float) -> None:
+        """For a while it is known why a session that has left is no more."""
         self._ended[session_id] = (reason, now)
         if len(self._ended) > self._max_ended:
             self._ended.popitem(last=False)
@@ -117,6 +153,11 @@ class SessionTable:
         self.is_open[row] = False
         self.owner[row] = NO_STREAM
         self.parked.pop(row, None)
+        self.last_request.pop(row, None)
+        self.marks.pop(row, None)
+        self.stage[row] = Stage.IDLE
+        self.durability[row] = Durability.NONE
+        self.is_dirty[row] = self.is_due[row] = self.is_in_store[row] = False
         self._free[self._num_free] = row
         self._num_free += 1
 
@@ -128,9 +169,9 @@ class SessionTable:
                 return
             del self._ended[session_id]
 
-    def begin_epoch(self, row: int, stream: int) -> None:
-        """Make earlier handles stale; the session now belongs to `stream`."""
-        self.epoch[row] += 1
+    def begin_epoch(self, row: int, stream: int, epoch: int = 0) -> None:
+        """Make earlier handles stale; the session now belongs to `stream`. epoch: what it is at least from now on."""
+        self.epoch[row] = max(int(self.epoch[row]) + 1, epoch)
         self._next_generation(row)
         self.owner[row] = stream
 
@@ -174,7 +215,7 @@ class SessionTable:
             return row
         ended = self._ended.get(session_id)
         if ended is not None:
-            return Refusal(ended[0], f"session {session_id!r} {_ENDED_MESSAGE[ended[0]]}", field="session_id")
+            return Refusal(ended[0], f"session {session_id!r} {ENDED_MESSAGE[ended[0]]}", field="session_id")
         return Refusal(
             ErrorReason.ERROR_REASON_SESSION_NOT_FOUND, f"no session {session_id!r} here", field="session_id"
         )

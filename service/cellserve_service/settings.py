@@ -17,6 +17,7 @@ from pydantic_settings import (
 )
 
 from cellserve_service.limits import EngineLimits
+from cellserve_service.stores import open_store
 
 ENVIRONMENT_PREFIX = "CELLSERVE_"
 
@@ -60,7 +61,11 @@ class Settings(BaseSettings):
     num_threads: int | None = Field(
         None, ge=1, le=1024, description="Threads for the arithmetic on a CPU. Default: one less than the cores."
     )
-    store: str = Field("", description="URL of the state store; empty: none, and states live as long as the server.")
+    store: str = Field(
+        "",
+        description="URL of the state store, sqlite:///FILE or redis://HOST:PORT/DB; empty: none, and states live as "
+        "long as the server.",
+    )
     max_sessions: int = Field(65536, ge=1, le=2**31 - 1, description="Sessions that can be open at once.")
     max_slots: int = Field(
         65536,
@@ -68,6 +73,10 @@ class Settings(BaseSettings):
         le=2**31 - 1,
         description="States of a model on the device at once; longest idle ones park in host memory.",
     )
+    max_parked_states: int = Field(
+        65536, ge=0, description="States parked in host memory; longest idle durable ones are left to the store."
+    )
+    max_checkpoints: int = Field(8, ge=1, le=1024, description="Marked states of a session to roll back to.")
     idle_timeout_seconds: PositiveFloat = Field(3600, description="Idle time after which a session expires.")
     ended_session_memory_seconds: PositiveFloat = Field(
         600, description="How long the server can tell why a session ended."
@@ -109,7 +118,7 @@ class Settings(BaseSettings):
                 "give tls_certificate and tls_private_key, or allow_insecure"
             )
         if self.store:
-            raise ValueError(f"store {self.store!r}: this version has no state store; leave it empty")
+            open_store(self.store, replica=0, ended_memory_seconds=self.ended_session_memory_seconds)
         if self.max_run_tokens > self.max_session_pending_tokens:
             raise ValueError("max_run_tokens is above max_session_pending_tokens")
         return self
@@ -135,6 +144,8 @@ class Settings(BaseSettings):
             max_held_answers=self.max_held_answers,
             max_held_answer_bytes=self.max_held_answer_bytes,
             max_answer_bytes=self.max_answer_bytes,
+            max_parked_states=self.max_parked_states,
+            max_checkpoints=self.max_checkpoints,
             idle_timeout_seconds=self.idle_timeout_seconds,
             ended_session_memory_seconds=self.ended_session_memory_seconds,
         )

@@ -15,6 +15,7 @@ class SlotMap:
         self.num_slots = num_slots
         self.num_parked = 0
         self.num_unparked = 0
+        self.num_fetched = 0  # states that came back from the store
         self._sessions = sessions
         self._stepper = stepper
         self._row_by_slot = np.full(num_slots + 1, _NOBODY, np.int64)
@@ -66,6 +67,7 @@ class SlotMap:
         """Give a session another state, or zeros; it comes to the device with its next run."""
         self.release(row)
         self._sessions.parked.pop(row, None)
+        self._sessions.is_in_store[row] = False
         if state is not None:
             self._sessions.parked[row] = state
 

@@ -13,6 +13,7 @@ class SpecTable:
     def __init__(self, model: ModelInfo) -> None:
         self._model = model
         self._number_by_spec: dict[OutputSpec, int] = {}
+        self.specs: list[OutputSpec] = []
         self.layouts: list[OutputLayout] = []
         self.wants_every = np.zeros(0, np.uint8)  # bits at each token
         self.wants_last = np.zeros(0, np.uint8)  # bits at the last token
@@ -37,6 +38,7 @@ class SpecTable:
     def _add(self, spec: OutputSpec) -> int:
         layout = OutputLayout.of(spec, self._model)
         every, wants = spec.at is At.EVERY, int(spec.wants)
+        self.specs.append(spec)
         self.layouts.append(layout)
         self.wants_every = np.append(self.wants_every, np.uint8(wants if every else 0))
         self.wants_last = np.append(self.wants_last, np.uint8(wants))

@@ -89,6 +89,8 @@ class Statistics:
     streams: int = 0
     stream_unsent_bytes: int = 0
     event_loop_lag: Histogram = field(default_factory=_durations)
+    checkpoint_duration: Histogram = field(default_factory=_durations)
+    store_errors: int = 0
 
     def count_failures(self, refusals: Iterable[Refusal]) -> None:
         for refusal in refusals:

@@ -20,6 +20,7 @@ from cellserve_service.messages import (
     Answers,
     CancelRuns,
     CloseSessions,
+    DetachSessions,
     Done,
     EndStream,
     Event,
@@ -108,6 +109,7 @@ class _StreamCall:
         self._max_unsent_bytes = max_unsent_bytes
         self._clock = clock
         self._events: list[Event] = []
+        self._events_bytes = 0
         self._something = asyncio.Event()
         self._writable = asyncio.Event()
         self._writable.set()
@@ -122,6 +124,7 @@ class _StreamCall:
         """Queue an event for writing."""
         self._events.append(event)
         size = event_bytes(event)
+        self._events_bytes += size
         self._unsent_bytes += size
         self._statistics.stream_unsent_bytes += size
         if self._unsent_bytes > self._max_unsent_bytes and self._writable.is_set():
@@ -163,9 +166,10 @@ class _StreamCall:
             await self._something.wait()
             self._something.clear()
             events, self._events = self._events, []
+            num_bytes, self._events_bytes = self._events_bytes, 0
             for frame in encode_events(events, max_answer_bytes):
                 await self._context.write(frame)
-            self._written(events)
+            self._written(events, num_bytes)
             if self._finishing and not self._events:
                 return
 
@@ -174,11 +178,9 @@ class _StreamCall:
         self._front.post(EndStream(self.stream))
         self._statistics.stream_unsent_bytes -= self._unsent_bytes
 
-    def _written(self, events: list[Event]) -> None:
+    def _written(self, events: list[Event], num_bytes: int) -> None:
         now = self._clock()
-        size = 0
         for event in events:
-            size += event_bytes(event)
             if isinstance(event, Answers):
                 complete = event.remaining == 0
                 self._unanswered -= int(np.count_nonzero(complete))
@@ -186,8 +188,8 @@ class _StreamCall:
                 self._statistics.models[event.model].step_duration.observe(durations)
             elif isinstance(event, Failures | Opened | Done):
                 self._unanswered -= len(event.requests)
-        self._unsent_bytes -= size
-        self._statistics.stream_unsent_bytes -= size
+        self._unsent_bytes -= num_bytes
+        self._statistics.stream_unsent_bytes -= num_bytes
         if not self._writable.is_set() and 2 * self._unsent_bytes <= self._max_unsent_bytes:
             self._writable.set()
             self._front.post(SetStreamPaused(self.stream, paused=False))
@@ -196,7 +198,7 @@ class _StreamCall:
 
 
 def _num_requests(command: object) -> int:
-    if isinstance(command, ResetSessions | CloseSessions):
+    if isinstance(command, ResetSessions | CloseSessions | DetachSessions):
         return len(command.target.requests)
     assert isinstance(command, SubmitRuns | OpenSessions)
     return len(command.requests)

@@ -49,7 +49,7 @@ def _count_begun(core: Core, served: ServedModel, runs: IntArray) -> None:
     statistics, table = core.statistics.models[served.index], served.runs
     statistics.batch_size.observe_one(len(runs))
     begins = table.status[runs] == Status.WAITING
-    if begins.any():
+    if np.count_nonzero(begins):
         statistics.step_queue.observe(core.now - table.accepted_at[runs[begins]])
 
 
@@ -73,11 +73,15 @@ def finish_run_tick(core: Core, tick: RunTick, result: StepResult) -> None:
     num_tokens = len(tick.wants)
     core.num_pending_tokens -= num_tokens
     answer_tick(core, tick, result)
-    if tick.remaining.any():
+    ended = rows
+    if np.count_nonzero(tick.remaining):
         finished = tick.remaining == 0
-        _finish_runs(core, served, rows[finished], runs[finished])
+        ended = rows[finished]
+        _finish_runs(core, served, ended, runs[finished])
     else:
         _finish_runs(core, served, rows, runs)
+    if core.keeping is not None:
+        core.keeping.advanced(served, rows, ended)
     core.go_on(served, rows)
     statistics = core.statistics.models[served.index]
     statistics.steps_run += num_tokens

@@ -14,10 +14,13 @@ from cellserve_service.errors import Refusal, invalid
 from cellserve_service.served import ServedModel
 from cellserve_service.stepping import IntArray
 
+_EMPTY = invalid("the run is empty; a run has at least one token", "counts")
+_OTHER_MODEL = invalid("the rows of a run command are of sessions of one model", "handles")
+
 
 def refuse(core: Core, arrivals: Arrivals, bad: NDArray[np.bool_], refusals: Refusal | Sequence[Refusal]) -> Arrivals:
     """Refuse rows, all alike or each with its own refusal; returns the others. bad: (n,)"""
-    if not bad.any():
+    if not np.count_nonzero(bad):
         return arrivals
     if isinstance(refusals, Refusal):
         refusals = [refusals] * int(np.count_nonzero(bad))
@@ -28,16 +31,15 @@ def refuse(core: Core, arrivals: Arrivals, bad: NDArray[np.bool_], refusals: Ref
 def check_models(core: Core, arrivals: Arrivals) -> Arrivals:
     """Refuse rows that are not of the first one's model; returns the others."""
     models = core.sessions.model[arrivals.rows]
-    others = models != models[0]
-    return refuse(core, arrivals, others, invalid("the rows of a run command are of sessions of one model", "handles"))
+    return refuse(core, arrivals, models != models[0], _OTHER_MODEL)
 
 
 def check_input(core: Core, served: ServedModel, arrivals: Arrivals) -> Arrivals:
     """Refuse rows that the model cannot take; returns the others."""
-    counts, longest = arrivals.counts, core.limits.max_run_tokens
-    arrivals = refuse(core, arrivals, counts < 1, invalid("the run is empty; a run has at least one token", "counts"))
+    longest = core.limits.max_run_tokens
+    arrivals = refuse(core, arrivals, arrivals.counts < 1, _EMPTY)
     too_long = arrivals.counts > longest
-    if too_long.any():
+    if np.count_nonzero(too_long):
         message = "the run has {} tokens, over max_run_tokens {}"
         refusals = [invalid(message.format(count, longest), "counts") for count in arrivals.counts[too_long].tolist()]
         arrivals = refuse(core, arrivals, too_long, refusals)
@@ -45,7 +47,7 @@ def check_input(core: Core, served: ServedModel, arrivals: Arrivals) -> Arrivals
     if misfit is not None:
         return refuse(core, arrivals, np.ones(len(arrivals), np.bool_), misfit)
     bad = _bad_tokens(arrivals, served)
-    return _refuse_tokens(core, served, arrivals, bad) if bad.any() else arrivals
+    return _refuse_tokens(core, served, arrivals, bad) if np.count_nonzero(bad) else arrivals
 
 
 def check_answer_size(core: Core, served: ServedModel, arrivals: Arrivals, spec: int, most: int) -> Arrivals:

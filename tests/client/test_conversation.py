@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from array import array
 
 import numpy as np
 import pytest
@@ -13,8 +14,11 @@ from cellserve._info import ServerLimits
 from cellserve._ledger import Ledger
 from cellserve._outbox import OpenKey
 from cellserve._outputs import OutputSpec
-from cellserve._unanswered import ProtocolError, Run
+from cellserve._runs import Run
+from cellserve._unanswered import ProtocolError
 from cellserve.errors import (
+    AnswerNotHeld,
+    CellserveError,
     ConnectionLost,
     InvalidInput,
     PositionGap,
@@ -44,8 +48,15 @@ from cellserve.v1.values_pb2 import OutputAt, OutputColumns, OutputRequest
 EVERY = OutputRequest(at=OutputAt.OUTPUT_AT_EVERY, next_token=True).SerializeToString()
 LAST = OutputRequest(at=OutputAt.OUTPUT_AT_LAST, next_token=True).SerializeToString()
 LIMITS = ServerLimits(
-    max_run_tokens=100, max_session_pending_tokens=200, max_message_bytes=65536, max_open_sessions=100
+    max_run_tokens=100,
+    max_session_pending_tokens=200,
+    max_message_bytes=65536,
+    max_open_sessions=100,
+    max_held_answers=64,
+    max_held_answer_bytes=65536,
 )
+HOLDER = 2**63 + 1
+LATER = 1e9
 MINUTE = Timeout(60)
 
 
@@ -224,14 +235,12 @@ async def test_what_waits_too_long_times_out_and_is_withdrawn(stream: Stream) ->
     assert stream.conversation.next_deadline == math.inf
 
 
-def open_key(*, has_ids: bool) -> OpenKey:
-    return OpenKey(
-        model="m",
-        mode=OpenMode.OPEN_MODE_ATTACH_OR_CREATE,
-        durability=Durability.DURABILITY_UNSPECIFIED,
-        has_ids=has_ids,
-        has_states=False,
-    )
+OPEN_KEY = OpenKey(
+    model="m",
+    mode=OpenMode.OPEN_MODE_ATTACH_OR_CREATE,
+    durability=Durability.DURABILITY_UNSPECIFIED,
+    has_states=False,
+)
 
 
 def opened(request: int, session_id: str = "a", handle: int = 77, *, created: bool = True) -> Event:
@@ -248,17 +257,18 @@ def opened(request: int, session_id: str = "a", handle: int = 77, *, created: bo
 
 
 async def test_opening_tells_everything_about_the_session(stream: Stream) -> None:
-    answer = stream.conversation.send_open(open_key(has_ids=True), "a", None, math.inf)
+    answer = stream.conversation.send_open(OPEN_KEY, "a", HOLDER, None, math.inf)
     (command,) = stream.sent()
+    assert list(command.open.holders) == [HOLDER]
     stream.says(opened(command.open.requests[0], created=False))
     session = answer.result()
     assert (session.session_id, session.handle, session.position, session.epoch) == ("a", 77, 12, 3)
     assert not session.created
-    assert session.durable_position is None
+    assert (session.durability, session.durable_position) == ("none", None)
 
 
 async def test_an_open_that_is_refused_fails_alone(stream: Stream) -> None:
-    answers = [stream.conversation.send_open(open_key(has_ids=True), name, None, math.inf) for name in "ab"]
+    answers = [stream.conversation.send_open(OPEN_KEY, name, HOLDER, None, math.inf) for name in "ab"]
     (command,) = stream.sent()
     stream.refuses(command.open.requests[1], ErrorReason.ERROR_REASON_SESSION_NOT_FOUND, 5)
     error = answers[1].exception()
@@ -268,34 +278,36 @@ async def test_an_open_that_is_refused_fails_alone(stream: Stream) -> None:
 
 
 async def test_a_session_created_when_nobody_waits_any_more_is_closed_again(stream: Stream) -> None:
-    answer = stream.conversation.send_open(open_key(has_ids=False), "", None, math.inf)
+    answer = stream.conversation.send_open(OPEN_KEY, "made-for-this-open", HOLDER, None, math.inf, is_new=True)
     (command,) = stream.sent()
     answer.cancel()
-    stream.says(opened(command.open.requests[0], "made-by-the-server", 91))
+    stream.says(opened(command.open.requests[0], "made-for-this-open", 91))
     (command,) = stream.sent()
     assert list(command.close.handles) == [91]
 
 
 async def test_a_session_with_a_name_stays_open_when_nobody_waits_any_more(stream: Stream) -> None:
-    answer = stream.conversation.send_open(open_key(has_ids=True), "a", None, math.inf)
+    answer = stream.conversation.send_open(OPEN_KEY, "a", HOLDER, None, math.inf)
     (command,) = stream.sent()
     answer.cancel()
     stream.says(opened(command.open.requests[0]))
     assert stream.sent() == []
 
 
-async def test_a_reset_gives_a_new_handle_and_a_close_ends_the_old_one(stream: Stream) -> None:
-    ledger = stream.session(1)
-    handle = stream.conversation.release(ledger)
-    assert handle == 1
-    reset = stream.conversation.send_reset(ledger, handle, math.inf)
-    close = stream.conversation.send_close(ledger, handle, math.inf)
+async def test_a_session_is_closed_or_detached_when_that_is_done(stream: Stream) -> None:
+    one, two = stream.session(1, position=5), stream.session(2)
+    for ledger, handle in ((one, 1), (two, 2)):
+        assert stream.conversation.release(ledger) == handle
+    detach = stream.conversation.send_detach(one, 1, math.inf)
+    close = stream.conversation.send_close(two, 2, math.inf)
     commands = stream.sent()
-    assert [command.WhichOneof("command") for command in commands] == ["reset", "close"]
-    requests = [commands[0].reset.requests[0], commands[1].close.requests[0]]
-    stream.says(Event(done=DoneEvent(requests=requests, handles=[2, 0], epochs=[5, 5])))
-    assert (reset.result().handle, reset.result().epoch) == (2, 5)
-    assert close.result().handle == 0
+    assert [command.WhichOneof("command") for command in commands] == ["acknowledge", "detach", "close"]
+    assert list(commands[0].acknowledge.positions) == [5]  # so that the server need not keep its answers
+    stream.says(Event(done=DoneEvent(requests=commands[1].detach.requests, handles=[0], epochs=[5])))
+    assert detach.done()
+    assert not close.done()
+    stream.says(Event(done=DoneEvent(requests=commands[2].close.requests, handles=[0], epochs=[5])))
+    assert close.done()
 
 
 async def test_an_ended_session_is_lost_and_only_that_one(stream: Stream) -> None:
@@ -323,14 +335,14 @@ async def test_durable_positions_and_draining_are_noted(stream: Stream) -> None:
         Event(draining=DrainingEvent(timeout_milliseconds=1500)),
     )
     assert ledger.durable_position == 8
-    assert stream.conversation.draining_seconds == pytest.approx(1.5, abs=1)
+    assert stream.conversation.is_draining
 
 
-async def test_the_end_of_the_stream_fails_what_waits_and_says_what_is_in_doubt(stream: Stream) -> None:
+async def test_the_end_of_the_stream_fails_what_nobody_resumes_and_says_what_is_in_doubt(stream: Stream) -> None:
     ledger, other = stream.session(1), stream.session(2)
     sent = stream.run(ledger)
     block = stream.block([other], [1], stream.every)
-    open_answer = stream.conversation.send_open(open_key(has_ids=True), "a", None, math.inf)
+    open_answer = stream.conversation.send_open(OPEN_KEY, "a", HOLDER, None, math.inf)
     stream.sent()
     unsent = stream.run(ledger)
     stream.conversation.end("UNAVAILABLE", "Socket closed")
@@ -340,10 +352,99 @@ async def test_the_end_of_the_stream_fails_what_waits_and_says_what_is_in_doubt(
         assert isinstance(error, ConnectionLost)
         in_doubt.append(error.in_doubt)
     assert in_doubt == [True, True, False]
-    assert block.answer.done()
+    await block.answer
     assert isinstance(block.failures[0], ConnectionLost)
     for session in (ledger, other):
         assert (session.handle, session.ready, session.position, session.next_position) == (None, False, 0, 0)
+
+
+class Owner:
+    """Whoever attaches a session again, who only notes what he is told."""
+
+    def __init__(self) -> None:
+        self.troubles: list[CellserveError] = []
+        self.given_up: list[Run] = []
+
+    def stream_lost(self, trouble: CellserveError) -> None:
+        self.troubles.append(trouble)
+
+    def give_up(self, run: Run) -> None:
+        self.given_up.append(run)
+
+
+async def test_the_end_of_the_stream_strands_the_runs_of_sessions_that_are_resumed(stream: Stream) -> None:
+    ledger = stream.session(1, position=4)
+    ledger.owner = owner = Owner()
+    first = stream.run(ledger, 7, deadline=LATER)
+    block = stream.block([ledger], [2], stream.every, deadline=LATER)
+    stream.sent()
+    unsent = stream.run(ledger, 9, deadline=LATER)
+    stream.conversation.end("INTERNAL", "RST_STREAM")
+    assert [(run.position, run.count, run.was_sent) for run in ledger.stranded] == [
+        (4, 1, True),
+        (5, 2, True),
+        (7, 1, False),
+    ]
+    assert [run.column for run in ledger.stranded] == [7, array("I", [0, 1]), 9]
+    assert not any(answer.done() for answer in (first.answer, block.answer, unsent.answer))
+    assert [type(trouble) for trouble in owner.troubles] == [ConnectionLost]
+    assert (ledger.ready, ledger.num_unanswered, ledger.next_position) == (False, 3, 8)
+
+    again = Stream()
+    again.conversation.hold(ledger, 5, 2, 4)
+    runs, forgotten = ledger.take_stranded(3)
+    assert forgotten == []
+    for run in runs:
+        again.conversation.send_again(run, 5)
+    (command,) = again.sent()
+    assert list(command.run.positions) == [4, 5, 7]
+    assert list(command.run.tokens) == [7, 0, 1, 9]
+    one, two, three = command.run.requests
+    again.answers({one: 5, two: 7, three: 8}, [1, 2, 3, 4], counts=[1, 2, 1])
+    await block.answer
+    assert (next_tokens(first), next_tokens(unsent)) == ([1], [4])
+    assert block.buffer.finish([]).next_token.tolist() == [2, 3]  # type: ignore[union-attr]
+    assert (ledger.ready, ledger.position) == (True, 8)
+
+
+@pytest.mark.parametrize("code", ["RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "UNIMPLEMENTED"])
+async def test_a_refusal_of_the_whole_stream_is_final(stream: Stream, code: str) -> None:
+    ledger = stream.session(1)
+    ledger.owner = Owner()
+    run = stream.run(ledger)
+    stream.conversation.end(code, None)
+    assert isinstance(run.answer.exception(), CellserveError)
+    assert ledger.stranded == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        (ErrorReason.ERROR_REASON_DRAINING, 14),
+        (ErrorReason.ERROR_REASON_STORE_UNAVAILABLE, 14),
+        (ErrorReason.ERROR_REASON_STALE_HANDLE, 5),
+    ],
+)
+async def test_what_a_server_cannot_do_now_waits_for_the_next_attach_with_all_behind_it(
+    stream: Stream, reason: ErrorReason.ValueType, code: int
+) -> None:
+    ledger = stream.session(1)
+    ledger.owner = owner = Owner()
+    runs = [stream.run(ledger) for _ in range(3)]
+    stream.answers({runs[0].request: 1}, [5])
+    stream.refuses(runs[1].request, reason, code)
+    stream.refuses(runs[2].request, ErrorReason.ERROR_REASON_POSITION_GAP, 9, position=1)
+    assert ledger.stranded == runs[1:]
+    assert (len(owner.troubles), ledger.handle, ledger.position) == (1, None, 1)
+
+
+async def test_a_repeat_whose_answer_is_gone_has_run_all_the_same(stream: Stream) -> None:
+    ledger = stream.session(1, position=3)
+    run = stream.run(ledger)
+    run.was_sent = True
+    stream.refuses(run.request, ErrorReason.ERROR_REASON_ANSWER_NOT_HELD, 10, position=6)
+    assert isinstance(run.answer.exception(), AnswerNotHeld)
+    assert (ledger.position, ledger.ready) == (4, True)
 
 
 async def test_a_session_is_not_held_by_a_stream_that_has_ended(stream: Stream) -> None:
@@ -427,7 +528,7 @@ async def test_rows_of_a_block_that_failed_are_left_out_of_its_result(stream: St
     first, second, third = command.run.requests
     stream.refuses(second, ErrorReason.ERROR_REASON_POSITION_GAP, 9, position=0)
     stream.answers({first: 2, third: 1}, [10, 30], counts=[2, 1])
-    assert block.answer.done()
+    await block.answer
     assert list(block.failures) == [1]
     assert isinstance(block.failures[1], PositionGap)
     result = block.buffer.finish([1])

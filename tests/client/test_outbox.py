@@ -22,6 +22,8 @@ def make_outbox(max_message_bytes: int = 4096, max_open_sessions: int = 100) -> 
         max_session_pending_tokens=64,
         max_message_bytes=max_message_bytes,
         max_open_sessions=max_open_sessions,
+        max_held_answers=64,
+        max_held_answer_bytes=65536,
     )
     return Outbox(limits, lambda: wakes.append(None)), wakes
 
@@ -102,10 +104,10 @@ def test_a_withdrawal_stands_behind_its_run() -> None:
 def test_resets_and_acknowledgements_are_columns() -> None:
     outbox, _ = make_outbox()
     for request in (1, 2):
-        outbox.add_reset(0, request, 10 + request)
+        outbox.add_detach(0, request, 10 + request)
         outbox.add_acknowledge(0, 20 + request, 7)
-    reset, acknowledge = commands(outbox)
-    assert (list(reset.reset.requests), list(reset.reset.handles)) == ([1, 2], [11, 12])
+    detach, acknowledge = commands(outbox)
+    assert (list(detach.detach.requests), list(detach.detach.handles)) == ([1, 2], [11, 12])
     assert (list(acknowledge.acknowledge.handles), list(acknowledge.acknowledge.positions)) == ([21, 22], [7, 7])
 
 
@@ -165,42 +167,41 @@ def test_small_commands_share_a_frame_as_long_as_they_fit() -> None:
     assert requests == list(range(1, 41))
 
 
-def key(*, has_ids: bool = True, has_states: bool = False, model: str = "m") -> OpenKey:
+def key(*, has_states: bool = False, model: str = "m", durable: bool = False) -> OpenKey:
     return OpenKey(
         model=model,
         mode=OpenMode.OPEN_MODE_ATTACH_OR_CREATE,
-        durability=Durability.DURABILITY_UNSPECIFIED,
-        has_ids=has_ids,
+        durability=Durability.DURABILITY_SYNC if durable else Durability.DURABILITY_UNSPECIFIED,
         has_states=has_states,
     )
 
 
 def test_opens_of_one_kind_share_a_command() -> None:
     outbox, _ = make_outbox()
-    outbox.add_open(key(), 1, "a", None)
-    outbox.add_open(key(has_ids=False), 2, "", None)
-    outbox.add_open(key(), 3, "b", None)
-    outbox.add_open(key(model="n"), 4, "c", None)
-    outbox.add_open(key(has_ids=False), 5, "", None)
+    outbox.add_open(key(), 1, "a", 11, None)
+    outbox.add_open(key(durable=True), 2, "x", 12, None)
+    outbox.add_open(key(), 3, "b", 13, None)
+    outbox.add_open(key(model="n"), 4, "c", 14, None)
+    outbox.add_open(key(durable=True), 5, "y", 15, None)
     opens = [command.open for command in commands(outbox)]
-    assert [(each.model, list(each.requests), list(each.session_ids)) for each in opens] == [
-        ("m", [1, 3], ["a", "b"]),
-        ("m", [2, 5], []),
-        ("n", [4], ["c"]),
+    assert [(each.model, list(each.requests), list(each.session_ids), list(each.holders)) for each in opens] == [
+        ("m", [1, 3], ["a", "b"], [11, 13]),
+        ("m", [2, 5], ["x", "y"], [12, 15]),
+        ("n", [4], ["c"], [14]),
     ]
 
 
 def test_the_same_id_twice_is_opened_by_two_commands() -> None:
     outbox, _ = make_outbox()
     for request in (1, 2):
-        outbox.add_open(key(), request, "a", None)
+        outbox.add_open(key(), request, "a", 1, None)
     assert [list(command.open.requests) for command in commands(outbox)] == [[1], [2]]
 
 
 def test_opens_beyond_the_servers_number_of_rows_are_split() -> None:
     outbox, _ = make_outbox(max_open_sessions=3)
     for request in range(1, 8):
-        outbox.add_open(key(), request, f"session-{request}", None)
+        outbox.add_open(key(), request, f"session-{request}", 1, None)
     opens = [command.open for command in commands(outbox)]
     assert [len(each.requests) for each in opens] == [3, 3, 1]
     assert [name for each in opens for name in each.session_ids] == [f"session-{n}" for n in range(1, 8)]
@@ -211,7 +212,7 @@ def test_states_are_opened_in_messages_that_the_server_takes(num_states: int) ->
     outbox, _ = make_outbox(max_message_bytes=4096)
     states = [bytes([number]) * 1500 for number in range(num_states)]
     for number, state in enumerate(states):
-        outbox.add_open(key(has_states=True), number + 1, f"s{number}", state)
+        outbox.add_open(key(has_states=True), number + 1, f"s{number}", 1, state)
     frames = outbox.take()
     assert all(len(frame) <= 4096 for frame in frames)
     opens = [command.open for frame in frames for command in StreamRequest.FromString(frame).commands]

@@ -1,15 +1,25 @@
 """What users may pass as tokens, what travels of it, and what is refused before it does."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from cellserve._info import ModelInfo, ServerLimits
+from cellserve._ledger import Ledger
 from cellserve._model import ServedModel
+from cellserve._outputs import OutputSpec
 from cellserve._tokens import token_column, vector_column
 
 LIMITS = ServerLimits(
-    max_run_tokens=4096, max_session_pending_tokens=8192, max_message_bytes=65536, max_open_sessions=100
+    max_run_tokens=4096,
+    max_session_pending_tokens=8192,
+    max_message_bytes=65536,
+    max_open_sessions=100,
+    max_held_answers=4,
+    max_held_answer_bytes=2048,
 )
+MAX_KEPT_TOKENS = 65536
 
 
 def model_info(vocab_size: int | None = 256, input_size: int | None = None) -> ModelInfo:
@@ -136,21 +146,48 @@ def test_a_value_too_large_for_float32_is_left_to_the_server_to_refuse() -> None
 
 
 def test_a_model_reads_a_single_id_and_a_single_byte_as_the_number_itself() -> None:
-    model = ServedModel(model_info(), LIMITS)
+    model = ServedModel(model_info(), LIMITS, MAX_KEPT_TOKENS)
     assert model.read_tokens(97) == 97
     assert model.read_tokens(b"a") == 97
     assert list(model.read_tokens(b"ab")) == [97, 98]  # type: ignore[arg-type]
     with pytest.raises(TypeError):
-        ServedModel(model_info(vocab_size=11), LIMITS).read_tokens(b"a")
+        ServedModel(model_info(vocab_size=11), LIMITS, MAX_KEPT_TOKENS).read_tokens(b"a")
     with pytest.raises(ValueError, match="between"):
         model.read_tokens(-1)
 
 
+def every(model: ServedModel, top_k: int = 0) -> OutputSpec:
+    return model.output_spec(("every", None, top_k, False, None, False, False))
+
+
 def test_a_run_is_bounded_by_the_tightest_of_the_servers_limits() -> None:
-    assert ServedModel(model_info(), LIMITS).max_run_tokens == 4096
-    vectors = ServedModel(model_info(vocab_size=None, input_size=100), LIMITS)
-    assert 100 < vectors.max_run_tokens * 400 <= 65536
-    pending = ServerLimits(
-        max_run_tokens=4096, max_session_pending_tokens=50, max_message_bytes=65536, max_open_sessions=100
-    )
-    assert ServedModel(model_info(), pending).max_run_tokens == 50
+    model = ServedModel(model_info(), LIMITS, MAX_KEPT_TOKENS)
+    assert model.max_run_tokens(model.no_outputs) == 4096
+    vectors = ServedModel(model_info(vocab_size=None, input_size=100), LIMITS, MAX_KEPT_TOKENS)
+    assert 100 < vectors.max_run_tokens(vectors.no_outputs) * 400 <= 65536
+    pending = replace(LIMITS, max_session_pending_tokens=50)
+    assert ServedModel(model_info(), pending, MAX_KEPT_TOKENS).max_run_tokens(model.no_outputs) == 50
+    assert ServedModel(model_info(), LIMITS, 30).max_run_tokens(model.no_outputs) == 30
+
+
+def test_a_run_is_no_longer_than_the_answer_that_the_server_holds() -> None:
+    model = ServedModel(model_info(), LIMITS, MAX_KEPT_TOKENS)
+    assert (every(model).row_bytes, model.max_run_tokens(every(model))) == (4, 512)
+    assert (every(model, 15).row_bytes, model.max_run_tokens(every(model, 15))) == (124, 16)
+    last = model.output_spec(("last", None, 15, False, None, False, False))
+    assert model.max_run_tokens(last) == 4096
+
+
+def test_no_more_runs_follow_each_other_than_the_server_holds_answers_of() -> None:
+    model = ServedModel(model_info(), LIMITS, MAX_KEPT_TOKENS)
+    ledger, spec = Ledger("a"), every(model)
+    assert model.has_room(ledger, spec, 4096)  # whatever it is, it is alone
+    for _ in range(4):
+        assert model.has_room(ledger, spec, 100)
+        ledger.reserve(100, spec.answer_bytes(100))
+    assert not model.has_room(ledger, model.no_outputs, 1)
+    ledger.answered(100, 7, spec.answer_bytes(100))
+    assert model.has_room(ledger, spec, 200)
+    assert not model.has_room(ledger, spec, 213)
+    assert model.has_room(ledger, model.no_outputs, 4096)
+    assert not model.has_room(ledger, model.no_outputs, 8192)

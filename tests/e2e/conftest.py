@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.forking import ForkedServer, Forker
+from tests.support.replicas import MODEL, Replica, StartReplica
 from tests.support.server import ServerProcess
 from tests.support.stream import RawStream
 from tests.support.unseen import write_unseen_models
 from tests.support.wire import Follower, Wire
+
+Settings = dict[str, str | int | float | bool]
 
 
 @pytest.fixture(scope="session")
@@ -77,3 +81,48 @@ def witnesses(wire: Wire, stream: RawStream) -> Iterator[list[Follower]]:
         witness.step([6, 7])
         witness.check()
         assert witness.handle not in witness.stream.lost_handles
+
+
+@pytest.fixture(scope="session")
+def forker() -> Iterator[Forker]:
+    """Forks servers, which start in no time."""
+    with Forker() as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def tiny_models_directory(models_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models that take no time to load."""
+    directory = tmp_path_factory.mktemp("tiny-models")
+    for name in (MODEL, "tiny-lstm"):
+        (directory / name).symlink_to(models_directory / name)
+    return directory
+
+
+@pytest.fixture
+def start_replica(
+    forker: Forker, tiny_models_directory: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[StartReplica]:
+    """Starts servers on the database of `store_url`, or without one; they are killed after the test at the latest."""
+    store = request.getfixturevalue("store_url") if "store_url" in request.fixturenames else ""
+    usual: Settings = {"store": store, "deterministic": True, "checkpoint_interval_seconds": 0.1}
+    started: list[Replica] = []
+
+    def start(**settings: str | int | float | bool) -> Replica:
+        log_file = tmp_path / f"server-{len(started)}.log"
+        server = ForkedServer(log_file, tiny_models_directory, usual | settings, forker=forker)
+        started.append(Replica(server))
+        return started[-1].start()
+
+    yield start
+    for replica in started:
+        if replica.server.process is not None and replica.server.process.poll() is None:
+            replica.kill()
+    for replica in started:
+        assert "Traceback" not in replica.server.log, replica.server.log
+
+
+@pytest.fixture
+def replica(start_replica: StartReplica) -> Replica:
+    """A server on the database of `store_url`."""
+    return start_replica()

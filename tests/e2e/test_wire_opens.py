@@ -121,12 +121,11 @@ def test_ten_thousand_sessions_are_opened_at_once_and_no_more(wire: Wire, stream
 
 @pytest.mark.parametrize("durability", ["PERIODIC", "SYNC"])
 def test_durability_needs_a_store(wire: Wire, stream: RawStream, durability: str) -> None:
-    wanted = Durability.Value(f"DURABILITY_{durability}")
-    command, [request] = stream.opening("tiny-gru", ["durable"], durability=wanted)
+    command, [request] = stream.opening("tiny-gru", ["durable"], durability=durability)
     stream.send(command)
     expect(stream.refusal(request), "NO_STORE")
-    expect(of_call(lambda: wire.open("tiny-gru", durability=wanted)), "NO_STORE", field="durability")
-    assert stream.open("tiny-gru", "durable", durability=Durability.DURABILITY_NONE).created
+    expect(of_call(lambda: wire.open("tiny-gru", durability=durability)), "NO_STORE", field="durability")
+    assert stream.open("tiny-gru", "durable", durability="NONE").created
 
 
 def test_a_session_is_told_as_it_stands(wire: Wire, session: Follower) -> None:

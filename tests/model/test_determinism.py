@@ -25,9 +25,16 @@ MAX_BATCH = 150
 Traced = list[tuple[bytes, ...]]
 
 
-def _load(directory: Path) -> Stepper:
+def _load(directory: Path, num_threads: int = 1) -> Stepper:
     return load_stepper(
-        directory, name="tiny", version=1, device="cpu", num_slots=200, max_batch=MAX_BATCH, deterministic=True
+        directory,
+        name="tiny",
+        version=1,
+        device="cpu",
+        num_slots=200,
+        max_batch=MAX_BATCH,
+        deterministic=True,
+        num_threads=num_threads,
     )
 
 
@@ -105,13 +112,13 @@ def test_a_session_is_the_same_to_the_last_bit_whatever_shares_its_batch(
         output_size=37,
     )
     with _restored_threads():
-        stepper = _load(directory)
-        alone = _trace(stepper, [(0, 0, 1)], seed=0)
+        steppers = {num_threads: _load(directory, num_threads) for num_threads in (1, 2)}
+        alone = _trace(steppers[1], [(0, 0, 1)], seed=0)
 
         @settings(max_examples=6, deadline=None)
-        @given(mixes, st.integers(0, 1000))
-        def check(mix: list[tuple[int, int, int]], seed: int) -> None:
-            assert _trace(stepper, mix, seed) == alone
+        @given(mixes, st.integers(0, 1000), st.sampled_from([1, 2]))
+        def check(mix: list[tuple[int, int, int]], seed: int, num_threads: int) -> None:
+            assert _trace(steppers[num_threads], mix, seed) == alone
 
         check()
 

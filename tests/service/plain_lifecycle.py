@@ -112,6 +112,8 @@ class PlainSessions:
             return dict.fromkeys(range(len(ids)), "MODEL_NOT_FOUND")
         if self.draining:
             return dict.fromkeys(range(len(ids)), "DRAINING")
+        if mode == OpenMode.OPEN_MODE_RESUME:  # the driver gives no marks
+            return dict.fromkeys(range(len(ids)), "INVALID_INPUT")
         refused: dict[int, str] = {}
         num_left = self.limits.max_sessions - len(self.everything)
         for place, session_id in enumerate(ids):

@@ -15,7 +15,7 @@ def _create(table: SessionTable, *ids: str, stream: int = 7) -> list[int]:
 
 
 def _end(table: SessionTable, row: int, now: float = 2.0) -> None:
-    table.forget_id(row, CLOSED, now)
+    table.remember_ended(table.forget_id(row), CLOSED, now)
     table.free(row)
 
 
@@ -86,7 +86,7 @@ def test_an_id_that_ended_is_told_apart_from_one_that_never_was_until_it_is_forg
     table = SessionTable(2)
     first, second = _create(table, "a", "b")
     _end(table, first, now=2.0)
-    table.forget_id(second, EXPIRED, 3.0)
+    table.remember_ended(table.forget_id(second), EXPIRED, 3.0)
     table.free(second)
 
     def reason(session_id: str) -> ErrorReason.ValueType:
@@ -106,7 +106,7 @@ def test_an_id_that_is_created_again_is_forgotten_as_ended_and_remembered_anew()
     _end(table, row, now=2.0)
     (row,) = _create(table, "a")
     assert table.resolve_id("a") == row
-    table.forget_id(row, EXPIRED, 9.0)
+    table.remember_ended(table.forget_id(row), EXPIRED, 9.0)
     table.free(row)
     table.forget_ended(before=5.0)
     refusal = table.resolve_id("a")

@@ -11,6 +11,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 START_SECONDS = 60.0
 STOP_SECONDS = 45.0
@@ -24,6 +25,20 @@ def free_port() -> int:
         return port
 
 
+class Process(Protocol):
+    """What is wanted of a subprocess.Popen."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+    def kill(self) -> None: ...
+
+
 @dataclass
 class ServerProcess:
     """A `cellserve-server` process; a context manager that stops it. `settings` are its flags, in snake case."""
@@ -33,7 +48,7 @@ class ServerProcess:
     settings: dict[str, str | int | float | bool] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     metrics_port: int = field(default_factory=free_port)
-    process: "subprocess.Popen[bytes] | None" = None
+    process: Process | None = None
 
     @property
     def target(self) -> str:
@@ -67,19 +82,22 @@ class ServerProcess:
         return command
 
     def start(self) -> "ServerProcess":
-        """Start it and wait until it serves; AssertionError with its log when it does not."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("CELLSERVE_")}
-        with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.arguments, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
-            )
+        """Start it, perhaps again, and wait until it serves; AssertionError with its log when it does not."""
+        said_before = self.log_file.stat().st_size if self.log_file.exists() else 0
+        self.process = self.launch()
         deadline = time.monotonic() + START_SECONDS
-        while not re.search(r"\bserving\b", self.log):
+        while not re.search(rb"\bserving\b", self.log_file.read_bytes()[said_before:]):
             status = self.process.poll()
             assert status is None, f"the server ended with {status}:\n{self.log}"
             assert time.monotonic() < deadline, f"the server did not start:\n{self.log}"
             time.sleep(0.02)
         return self
+
+    def launch(self) -> Process:
+        """Start the process, which says to the log file whatever it has to say."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("CELLSERVE_")}
+        with self.log_file.open("ab") as log:
+            return subprocess.Popen(self.arguments, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
 
     def terminate(self) -> None:
         """Send SIGTERM: the server drains."""

@@ -20,6 +20,8 @@ from cellserve.v1.stream_pb2 import (
     CancelCommand,
     CloseCommand,
     Command,
+    DetachCommand,
+    Durability,
     OpenCommand,
     OpenMode,
     ResetCommand,
@@ -86,13 +88,23 @@ class RawStream:
         self._frames.put(frame)
 
     def opening(
-        self, model: str, session_ids: Sequence[str] | int = 1, mode: str = "ATTACH_OR_CREATE", **more: Any
+        self,
+        model: str,
+        session_ids: Sequence[str] | int = 1,
+        mode: str = "ATTACH_OR_CREATE",
+        durability: str = "UNSPECIFIED",
+        **more: Any,
     ) -> tuple[Command, list[int]]:
         """An open command, and its requests."""
         ids = [] if isinstance(session_ids, int) else list(session_ids)
         requests = self.new_requests(session_ids if isinstance(session_ids, int) else len(ids))
         command = OpenCommand(
-            requests=requests, model=model, session_ids=ids, mode=OpenMode.Value(f"OPEN_MODE_{mode}"), **more
+            requests=requests,
+            model=model,
+            session_ids=ids,
+            mode=OpenMode.Value(f"OPEN_MODE_{mode}"),
+            durability=Durability.Value(f"DURABILITY_{durability}"),
+            **more,
         )
         return Command(open=command), requests
 
@@ -162,6 +174,12 @@ class RawStream:
         self.send(Command(close=CloseCommand(requests=requests, handles=handles)))
         return requests
 
+    def detach(self, handle: int) -> int:
+        """Send a detach; returns its request."""
+        requests = self.new_requests(1)
+        self.send(Command(detach=DetachCommand(requests=requests, handles=[handle])))
+        return requests[0]
+
     def cancel(self, *runs: int) -> None:
         self.send(Command(cancel=CancelCommand(runs=runs)))
 
@@ -207,6 +225,12 @@ class RawStream:
         while not self.account.losses:
             self.read()
         return self.account.losses.popleft()
+
+    def durable(self, handle: int, position: int) -> int:
+        """Wait until a session is durable up to a position, or further; returns how far."""
+        while (found := self.account.durable_positions[handle]) < position:
+            self.read()
+        return found
 
     def drain_notice(self) -> int:
         """Milliseconds until the server ends the stream."""

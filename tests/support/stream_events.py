@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellserve.v1.errors_pb2 import ErrorReason
-from cellserve.v1.stream_pb2 import AnswerEvent, OpenedEvent, StreamResponse
+from cellserve.v1.stream_pb2 import AnswerEvent, Durability, OpenedEvent, StreamResponse
 from cellserve.v1.values_pb2 import FloatBlock, OutputAt, OutputColumns, OutputRequest
 from tests.support import refusals
 from tests.support.refusals import Refused
@@ -30,6 +30,8 @@ class Opened:
     position: int
     epoch: int
     created: bool
+    durable_position: int | None  # None where the server has no store
+    durability: str
 
 
 @dataclass
@@ -93,6 +95,7 @@ class Account:
         self.lost_handles: set[int] = set()
         self.session_ids: list[str] = []
         self.drain_timeout_milliseconds: int | None = None
+        self.durable_positions: dict[int, int] = {}  # by handle, as told last
         self._runs: dict[int, _Run] = {}
         self._partial: dict[int, Answer] = {}
         self._outcomes: dict[int, deque[Outcome]] = {}
@@ -131,6 +134,7 @@ class Account:
             case "opened":
                 for request, opened in _opened_rows(event.opened):
                     self.session_ids.append(opened.session_id)
+                    self.durable_positions[opened.handle] = opened.durable_position or 0
                     self._settle(request, opened)
             case "answers":
                 self._take_answers(event.answers)
@@ -140,6 +144,7 @@ class Account:
             case "done":
                 columns = (event.done.requests, event.done.handles, event.done.epochs)
                 for request, handle, epoch in zip(*columns, strict=True):
+                    self.durable_positions[handle] = -1
                     self._settle(request, Done(handle, epoch))
             case "ended":
                 for handle, reason in zip(event.ended.handles, event.ended.reasons, strict=True):
@@ -147,6 +152,10 @@ class Account:
                     assert handle not in self.lost_handles, "a session was lost twice"
                     self.lost_handles.add(handle)
                     self.losses.append(Ended(handle, name))
+            case "durable":
+                for handle, position in zip(event.durable.handles, event.durable.positions, strict=True):
+                    assert position > self.durable_positions[handle], "a durable position sank, or was told again"
+                    self.durable_positions[handle] = position
             case "draining":
                 self.drain_timeout_milliseconds = event.draining.timeout_milliseconds
             case _:
@@ -188,7 +197,12 @@ def _num_output_rows(at: int, count: int, left: int) -> int:
 
 
 def _opened_rows(event: OpenedEvent) -> Iterator[tuple[int, Opened]]:
-    assert not event.durable_positions, "this server has no store"
-    columns = (event.requests, event.session_ids, event.handles, event.positions, event.epochs, event.created)
-    for request, session_id, handle, position, epoch, created in zip(*columns, strict=True):
-        yield request, Opened(session_id, handle, position, epoch, created)
+    columns = (
+        *(event.requests, event.session_ids, event.handles, event.positions, event.epochs, event.created),
+        event.durable_positions or [None] * len(event.requests),
+        event.durabilities,
+    )
+    for request, session_id, handle, position, epoch, created, durable, durability in zip(*columns, strict=True):
+        name = Durability.Name(durability).removeprefix("DURABILITY_")
+        assert name == "NONE" or (name != "UNSPECIFIED" and durable is not None and durable <= position)
+        yield request, Opened(session_id, handle, position, epoch, created, durable, name)

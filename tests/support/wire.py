@@ -26,7 +26,7 @@ from cellserve.v1.session_service_pb2 import (
     TokenColumn,
 )
 from cellserve.v1.session_service_pb2_grpc import SessionServiceStub
-from cellserve.v1.stream_pb2 import OpenMode
+from cellserve.v1.stream_pb2 import Durability, OpenMode
 from cellserve.v1.values_pb2 import OutputRequest, SessionState
 from tests.support.oracle import Oracle, Trace
 from tests.support.refusals import Refused
@@ -94,11 +94,22 @@ class Wire:
         return _trace(self.server.models / model / "1", tokens)
 
     def open(
-        self, model: str, session_ids: Sequence[str] | int = 1, mode: str = "ATTACH_OR_CREATE", **more: Any
+        self,
+        model: str,
+        session_ids: Sequence[str] | int = 1,
+        mode: str = "ATTACH_OR_CREATE",
+        durability: str = "UNSPECIFIED",
+        **more: Any,
     ) -> OpenSessionsResponse:
         """A unary OpenSessions."""
         which: dict[str, Any] = {"count": session_ids} if isinstance(session_ids, int) else {"session_ids": session_ids}
-        request = OpenSessionsRequest(model=model, mode=OpenMode.Value(f"OPEN_MODE_{mode}"), **which, **more)
+        request = OpenSessionsRequest(
+            model=model,
+            mode=OpenMode.Value(f"OPEN_MODE_{mode}"),
+            durability=Durability.Value(f"DURABILITY_{durability}"),
+            **which,
+            **more,
+        )
         opened = self.sessions.OpenSessions(request, timeout=30)
         self._session_ids += opened.session_ids
         return opened
@@ -126,6 +137,11 @@ class Wire:
         before = self.state(session_id)
         yield
         assert self.state(session_id) == before
+
+    def disconnect(self) -> None:
+        """Let streams and connection go, and leave the sessions as they are."""
+        with self.channel:
+            self._stack.close()
 
     def __enter__(self) -> Self:
         return self

@@ -54,16 +54,18 @@ _HINTS: Final = (
 
 @contextmanager
 def sync_client(server: str) -> Iterator[Client]:
-    """A client of the server. Raises RefusalError."""
+    """A client of a server that answers. Raises RefusalError."""
     with _refusals(server), Client(server) as client:
+        client.ping()  # whoever types a command is not to wait until a server comes
         yield client
 
 
 @asynccontextmanager
 async def async_client(server: str) -> AsyncIterator[AsyncClient]:
-    """A client of the server. Raises RefusalError."""
+    """A client of a server that answers. Raises RefusalError."""
     with _refusals(server):
         async with AsyncClient(server) as client:
+            await client.ping()
             yield client
 
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n cellserve/v1/model_service.proto\x12\x0c\x63\x65llserve.v1\"\xcf\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0c\n\x04\x63\x65ll\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\x12\n\nstate_size\x18\x06 \x01(\r\x12*\n\x06tokens\x18\x07 \x01(\x0b\x32\x18.cellserve.v1.TokenInputH\x00\x12,\n\x07vectors\x18\x08 \x01(\x0b\x32\x19.cellserve.v1.VectorInputH\x00\x12\x18\n\x0boutput_size\x18\t \x01(\rH\x01\x88\x01\x01\x12\x12\n\ngate_names\x18\n \x03(\t\x12\x16\n\x0enum_parameters\x18\x0b \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x0c \x01(\x0c\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\tB\x07\n\x05inputB\x0e\n\x0c_output_size\" \n\nTokenInput\x12\x12\n\nvocab_size\x18\x01 \x01(\r\"!\n\x0bVectorInput\x12\x12\n\ninput_size\x18\x01 \x01(\r\"\x9a\x01\n\x0cServerLimits\x12\x16\n\x0emax_run_tokens\x18\x01 \x01(\r\x12\"\n\x1amax_session_pending_tokens\x18\x02 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x03 \x01(\r\x12\x18\n\x10max_answer_bytes\x18\x04 \x01(\r\x12\x19\n\x11max_open_sessions\x18\x05 \x01(\r\"\x13\n\x11ListModelsRequest\"e\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.cellserve.v1.Model\x12*\n\x06limits\x18\x02 \x01(\x0b\x32\x1a.cellserve.v1.ServerLimits\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"b\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.cellserve.v1.Model\x12*\n\x06limits\x18\x02 \x01(\x0b\x32\x1a.cellserve.v1.ServerLimits\" \n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x11LoadModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.cellserve.v1.Model\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x13UnloadModelResponse\x12\x1a\n\x12num_sessions_ended\x18\x01 \x01(\x04\x32\xcc\x02\n\x0cModelService\x12O\n\nListModels\x12\x1f.cellserve.v1.ListModelsRequest\x1a .cellserve.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.cellserve.v1.GetModelRequest\x1a\x1e.cellserve.v1.GetModelResponse\x12L\n\tLoadModel\x12\x1e.cellserve.v1.LoadModelRequest\x1a\x1f.cellserve.v1.LoadModelResponse\x12R\n\x0bUnloadModel\x12 .cellserve.v1.UnloadModelRequest\x1a!.cellserve.v1.UnloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n cellserve/v1/model_service.proto\x12\x0c\x63\x65llserve.v1\"\xcf\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0c\n\x04\x63\x65ll\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\x12\n\nstate_size\x18\x06 \x01(\r\x12*\n\x06tokens\x18\x07 \x01(\x0b\x32\x18.cellserve.v1.TokenInputH\x00\x12,\n\x07vectors\x18\x08 \x01(\x0b\x32\x19.cellserve.v1.VectorInputH\x00\x12\x18\n\x0boutput_size\x18\t \x01(\rH\x01\x88\x01\x01\x12\x12\n\ngate_names\x18\n \x03(\t\x12\x16\n\x0enum_parameters\x18\x0b \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x0c \x01(\x0c\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\tB\x07\n\x05inputB\x0e\n\x0c_output_size\" \n\nTokenInput\x12\x12\n\nvocab_size\x18\x01 \x01(\r\"!\n\x0bVectorInput\x12\x12\n\ninput_size\x18\x01 \x01(\r\"\xec\x01\n\x0cServerLimits\x12\x16\n\x0emax_run_tokens\x18\x01 \x01(\r\x12\"\n\x1amax_session_pending_tokens\x18\x02 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x03 \x01(\r\x12\x18\n\x10max_answer_bytes\x18\x04 \x01(\r\x12\x19\n\x11max_open_sessions\x18\x05 \x01(\r\x12\x18\n\x10max_held_answers\x18\x06 \x01(\r\x12\x1d\n\x15max_held_answer_bytes\x18\x07 \x01(\r\x12\x17\n\x0fmax_checkpoints\x18\x08 \x01(\r\"\x13\n\x11ListModelsRequest\"e\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.cellserve.v1.Model\x12*\n\x06limits\x18\x02 \x01(\x0b\x32\x1a.cellserve.v1.ServerLimits\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"b\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.cellserve.v1.Model\x12*\n\x06limits\x18\x02 \x01(\x0b\x32\x1a.cellserve.v1.ServerLimits\" \n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x11LoadModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.cellserve.v1.Model\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x13UnloadModelResponse\x12\x1a\n\x12num_sessions_ended\x18\x01 \x01(\x04\x32\xcc\x02\n\x0cModelService\x12O\n\nListModels\x12\x1f.cellserve.v1.ListModelsRequest\x1a .cellserve.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.cellserve.v1.GetModelRequest\x1a\x1e.cellserve.v1.GetModelResponse\x12L\n\tLoadModel\x12\x1e.cellserve.v1.LoadModelRequest\x1a\x1f.cellserve.v1.LoadModelResponse\x12R\n\x0bUnloadModel\x12 .cellserve.v1.UnloadModelRequest\x1a!.cellserve.v1.UnloadModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,23 +38,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VECTORINPUT']._serialized_start=422
   _globals['_VECTORINPUT']._serialized_end=455
   _globals['_SERVERLIMITS']._serialized_start=458
-  _globals['_SERVERLIMITS']._serialized_end=612
-  _globals['_LISTMODELSREQUEST']._serialized_start=614
-  _globals['_LISTMODELSREQUEST']._serialized_end=633
-  _globals['_LISTMODELSRESPONSE']._serialized_start=635
-  _globals['_LISTMODELSRESPONSE']._serialized_end=736
-  _globals['_GETMODELREQUEST']._serialized_start=738
-  _globals['_GETMODELREQUEST']._serialized_end=769
-  _globals['_GETMODELRESPONSE']._serialized_start=771
-  _globals['_GETMODELRESPONSE']._serialized_end=869
-  _globals['_LOADMODELREQUEST']._serialized_start=871
-  _globals['_LOADMODELREQUEST']._serialized_end=903
-  _globals['_LOADMODELRESPONSE']._serialized_start=905
-  _globals['_LOADMODELRESPONSE']._serialized_end=960
-  _globals['_UNLOADMODELREQUEST']._serialized_start=962
-  _globals['_UNLOADMODELREQUEST']._serialized_end=996
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=998
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=1047
-  _globals['_MODELSERVICE']._serialized_start=1050
-  _globals['_MODELSERVICE']._serialized_end=1382
+  _globals['_SERVERLIMITS']._serialized_end=694
+  _globals['_LISTMODELSREQUEST']._serialized_start=696
+  _globals['_LISTMODELSREQUEST']._serialized_end=715
+  _globals['_LISTMODELSRESPONSE']._serialized_start=717
+  _globals['_LISTMODELSRESPONSE']._serialized_end=818
+  _globals['_GETMODELREQUEST']._serialized_start=820
+  _globals['_GETMODELREQUEST']._serialized_end=851
+  _globals['_GETMODELRESPONSE']._serialized_start=853
+  _globals['_GETMODELRESPONSE']._serialized_end=951
+  _globals['_LOADMODELREQUEST']._serialized_start=953
+  _globals['_LOADMODELREQUEST']._serialized_end=985
+  _globals['_LOADMODELRESPONSE']._serialized_start=987
+  _globals['_LOADMODELRESPONSE']._serialized_end=1042
+  _globals['_UNLOADMODELREQUEST']._serialized_start=1044
+  _globals['_UNLOADMODELREQUEST']._serialized_end=1078
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=1080
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=1129
+  _globals['_MODELSERVICE']._serialized_start=1132
+  _globals['_MODELSERVICE']._serialized_end=1464
 # @@protoc_insertion_point(module_scope)

@@ -151,6 +151,9 @@ class ServerLimits(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_ANSWER_BYTES_FIELD_NUMBER: _builtins.int
     MAX_OPEN_SESSIONS_FIELD_NUMBER: _builtins.int
+    MAX_HELD_ANSWERS_FIELD_NUMBER: _builtins.int
+    MAX_HELD_ANSWER_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_CHECKPOINTS_FIELD_NUMBER: _builtins.int
     max_run_tokens: _builtins.int
     """Tokens in one run."""
     max_session_pending_tokens: _builtins.int
@@ -161,6 +164,14 @@ class ServerLimits(_message.Message):
     """Bytes of outputs in one message from the server; longer answers come in slices."""
     max_open_sessions: _builtins.int
     """Sessions in one OpenSessions call or open command."""
+    max_held_answers: _builtins.int
+    """Answers of one session that are held until they are acknowledged: a client with more unacknowledged runs than this
+    cannot count on repeats being answered.
+    """
+    max_held_answer_bytes: _builtins.int
+    """Bytes of those answers' outputs, together."""
+    max_checkpoints: _builtins.int
+    """Marks of one session."""
     def __init__(
         self,
         *,
@@ -169,10 +180,13 @@ class ServerLimits(_message.Message):
         max_message_bytes: _builtins.int = ...,
         max_answer_bytes: _builtins.int = ...,
         max_open_sessions: _builtins.int = ...,
+        max_held_answers: _builtins.int = ...,
+        max_held_answer_bytes: _builtins.int = ...,
+        max_checkpoints: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_answer_bytes", b"max_answer_bytes", "max_message_bytes", b"max_message_bytes", "max_open_sessions", b"max_open_sessions", "max_run_tokens", b"max_run_tokens", "max_session_pending_tokens", b"max_session_pending_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_answer_bytes", b"max_answer_bytes", "max_checkpoints", b"max_checkpoints", "max_held_answer_bytes", b"max_held_answer_bytes", "max_held_answers", b"max_held_answers", "max_message_bytes", b"max_message_bytes", "max_open_sessions", b"max_open_sessions", "max_run_tokens", b"max_run_tokens", "max_session_pending_tokens", b"max_session_pending_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

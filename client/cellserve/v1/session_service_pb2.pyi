@@ -87,6 +87,8 @@ class Session(_message.Message):
     ATTACHED_FIELD_NUMBER: _builtins.int
     IDLE_SECONDS_FIELD_NUMBER: _builtins.int
     AGE_SECONDS_FIELD_NUMBER: _builtins.int
+    GENERATING_FIELD_NUMBER: _builtins.int
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     model: _builtins.str
     model_version: _builtins.int
@@ -105,6 +107,12 @@ class Session(_message.Message):
     """Seconds since the last run, open or attach."""
     age_seconds: _builtins.float
     """Seconds since it was created."""
+    generating: _builtins.bool
+    """Whether a Generate is under way on it."""
+    @_builtins.property
+    def checkpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Checkpoint]:
+        """The marks that it can be rolled back to, oldest first."""
+
     def __init__(
         self,
         *,
@@ -120,16 +128,43 @@ class Session(_message.Message):
         attached: _builtins.bool = ...,
         idle_seconds: _builtins.float = ...,
         age_seconds: _builtins.float = ...,
+        generating: _builtins.bool = ...,
+        checkpoints: _abc.Iterable[Global___Checkpoint] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_durable_position", b"_durable_position", "durable_position", b"durable_position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_position", b"_durable_position", "age_seconds", b"age_seconds", "attached", b"attached", "durability", b"durability", "durable_position", b"durable_position", "epoch", b"epoch", "id", b"id", "idle_seconds", b"idle_seconds", "model", b"model", "model_version", b"model_version", "num_pending_tokens", b"num_pending_tokens", "position", b"position", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_durable_position", b"_durable_position", "age_seconds", b"age_seconds", "attached", b"attached", "checkpoints", b"checkpoints", "durability", b"durability", "durable_position", b"durable_position", "epoch", b"epoch", "generating", b"generating", "id", b"id", "idle_seconds", b"idle_seconds", "model", b"model", "model_version", b"model_version", "num_pending_tokens", b"num_pending_tokens", "position", b"position", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__durable_position: _TypeAlias = _typing.Literal["durable_position"]  # noqa: Y015
     _WhichOneofArgType__durable_position: _TypeAlias = _typing.Literal["_durable_position", b"_durable_position"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__durable_position) -> _WhichOneofReturnType__durable_position | None: ...
 
 Global___Session: _TypeAlias = Session  # noqa: Y015
+
+@_typing.final
+class Checkpoint(_message.Message):
+    """A marked state of a session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    position: _builtins.int
+    """The position that was marked."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "position", b"position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
 
 @_typing.final
 class OpenSessionsRequest(_message.Message):
@@ -321,19 +356,25 @@ class ResetSessionRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """At most 128 characters; empty: the call is not idempotent."""
     session_id: _builtins.str
     """Required."""
+    holder: _builtins.int
+    """The mark under which the caller holds the session: it goes on holding it. With another one, or 0, a holder's mark is
+    taken away, so that it cannot resume a session that is not what it was.
+    """
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         session_id: _builtins.str = ...,
+        holder: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -502,10 +543,13 @@ class ImportSessionRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """At most 128 characters; empty: the call is not idempotent."""
     session_id: _builtins.str
     """Required."""
+    holder: _builtins.int
+    """As in ResetSessionRequest."""
     @_builtins.property
     def state(self) -> _values_pb2.SessionState:
         """Required. STATE_MISMATCH."""
@@ -516,10 +560,11 @@ class ImportSessionRequest(_message.Message):
         request_id: _builtins.str = ...,
         session_id: _builtins.str = ...,
         state: _values_pb2.SessionState | None = ...,
+        holder: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "session_id", b"session_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "request_id", b"request_id", "session_id", b"session_id", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -546,6 +591,109 @@ class ImportSessionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ImportSessionResponse: _TypeAlias = ImportSessionResponse  # noqa: Y015
+
+@_typing.final
+class CheckpointSessionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """At most 128 characters; empty: the call is not idempotent."""
+    session_id: _builtins.str
+    """Required."""
+    name: _builtins.str
+    """Required: 1 to 128 characters out of those of a session's id."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointSessionRequest: _TypeAlias = CheckpointSessionRequest  # noqa: Y015
+
+@_typing.final
+class CheckpointSessionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """The position that was marked."""
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointSessionResponse: _TypeAlias = CheckpointSessionResponse  # noqa: Y015
+
+@_typing.final
+class RollbackSessionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """At most 128 characters; empty: the call is not idempotent."""
+    session_id: _builtins.str
+    """Required."""
+    name: _builtins.str
+    """Required. CHECKPOINT_NOT_FOUND."""
+    holder: _builtins.int
+    """As in ResetSessionRequest."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        holder: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "name", b"name", "request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackSessionRequest: _TypeAlias = RollbackSessionRequest  # noqa: Y015
+
+@_typing.final
+class RollbackSessionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """The position that was marked."""
+    epoch: _builtins.int
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "position", b"position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackSessionResponse: _TypeAlias = RollbackSessionResponse  # noqa: Y015
 
 @_typing.final
 class TokenColumn(_message.Message):

@@ -35,7 +35,9 @@ class SessionServiceStub(object):
 
     One writer at a time. Opening or attaching an existing id takes the session over: its epoch grows, the earlier
     holder's queued runs are withdrawn (SESSION_MOVED), the running one finishes, and the earlier holder is refused
-    from then on. GetSession, ListSessions, ExportSession, ForkSession, Step and Generate take nothing over.
+    from then on. GetSession, ListSessions, ExportSession, ForkSession, Step and Generate take nothing over on the server
+    that has the session; the others, Step and Generate among them, move a session of another server of the same state
+    store here, as an attach would.
 
     Retries. A run of n tokens sent for position p meets a session that has consumed and accepted P tokens:
     P = p: it runs.
@@ -105,6 +107,16 @@ class SessionServiceStub(object):
                 request_serializer=cellserve_dot_v1_dot_session__service__pb2.ImportSessionRequest.SerializeToString,
                 response_deserializer=cellserve_dot_v1_dot_session__service__pb2.ImportSessionResponse.FromString,
                 _registered_method=True)
+        self.CheckpointSession = channel.unary_unary(
+                '/cellserve.v1.SessionService/CheckpointSession',
+                request_serializer=cellserve_dot_v1_dot_session__service__pb2.CheckpointSessionRequest.SerializeToString,
+                response_deserializer=cellserve_dot_v1_dot_session__service__pb2.CheckpointSessionResponse.FromString,
+                _registered_method=True)
+        self.RollbackSession = channel.unary_unary(
+                '/cellserve.v1.SessionService/RollbackSession',
+                request_serializer=cellserve_dot_v1_dot_session__service__pb2.RollbackSessionRequest.SerializeToString,
+                response_deserializer=cellserve_dot_v1_dot_session__service__pb2.RollbackSessionResponse.FromString,
+                _registered_method=True)
         self.Step = channel.unary_unary(
                 '/cellserve.v1.SessionService/Step',
                 request_serializer=cellserve_dot_v1_dot_session__service__pb2.StepRequest.SerializeToString,
@@ -126,7 +138,9 @@ class SessionServiceServicer(object):
 
     One writer at a time. Opening or attaching an existing id takes the session over: its epoch grows, the earlier
     holder's queued runs are withdrawn (SESSION_MOVED), the running one finishes, and the earlier holder is refused
-    from then on. GetSession, ListSessions, ExportSession, ForkSession, Step and Generate take nothing over.
+    from then on. GetSession, ListSessions, ExportSession, ForkSession, Step and Generate take nothing over on the server
+    that has the session; the others, Step and Generate among them, move a session of another server of the same state
+    store here, as an attach would.
 
     Retries. A run of n tokens sent for position p meets a session that has consumed and accepted P tokens:
     P = p: it runs.
@@ -210,6 +224,22 @@ class SessionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckpointSession(self, request, context):
+        """Waits for the session's accepted runs, then marks its state under a name, to be rolled back to. A session keeps its
+        `max_checkpoints` newest marks; a name that is used again marks the newer state. SESSION_BUSY.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackSession(self, request, context):
+        """Waits for the session's accepted runs, then sets its state and position to what was marked. The mark stays.
+        CHECKPOINT_NOT_FOUND, SESSION_BUSY.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Step(self, request, context):
         """One run of one session, for simple tools and for languages without a client library. Needs no stream and takes
         nothing over. A deadline or a cancellation counts until the first token has run. INVALID_INPUT,
@@ -279,6 +309,16 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     request_deserializer=cellserve_dot_v1_dot_session__service__pb2.ImportSessionRequest.FromString,
                     response_serializer=cellserve_dot_v1_dot_session__service__pb2.ImportSessionResponse.SerializeToString,
             ),
+            'CheckpointSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckpointSession,
+                    request_deserializer=cellserve_dot_v1_dot_session__service__pb2.CheckpointSessionRequest.FromString,
+                    response_serializer=cellserve_dot_v1_dot_session__service__pb2.CheckpointSessionResponse.SerializeToString,
+            ),
+            'RollbackSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackSession,
+                    request_deserializer=cellserve_dot_v1_dot_session__service__pb2.RollbackSessionRequest.FromString,
+                    response_serializer=cellserve_dot_v1_dot_session__service__pb2.RollbackSessionResponse.SerializeToString,
+            ),
             'Step': grpc.unary_unary_rpc_method_handler(
                     servicer.Step,
                     request_deserializer=cellserve_dot_v1_dot_session__service__pb2.StepRequest.FromString,
@@ -306,7 +346,9 @@ class SessionService(object):
 
     One writer at a time. Opening or attaching an existing id takes the session over: its epoch grows, the earlier
     holder's queued runs are withdrawn (SESSION_MOVED), the running one finishes, and the earlier holder is refused
-    from then on. GetSession, ListSessions, ExportSession, ForkSession, Step and Generate take nothing over.
+    from then on. GetSession, ListSessions, ExportSession, ForkSession, Step and Generate take nothing over on the server
+    that has the session; the others, Step and Generate among them, move a session of another server of the same state
+    store here, as an attach would.
 
     Retries. A run of n tokens sent for position p meets a session that has consumed and accepted P tokens:
     P = p: it runs.
@@ -558,6 +600,60 @@ class SessionService(object):
             '/cellserve.v1.SessionService/ImportSession',
             cellserve_dot_v1_dot_session__service__pb2.ImportSessionRequest.SerializeToString,
             cellserve_dot_v1_dot_session__service__pb2.ImportSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckpointSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cellserve.v1.SessionService/CheckpointSession',
+            cellserve_dot_v1_dot_session__service__pb2.CheckpointSessionRequest.SerializeToString,
+            cellserve_dot_v1_dot_session__service__pb2.CheckpointSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cellserve.v1.SessionService/RollbackSession',
+            cellserve_dot_v1_dot_session__service__pb2.RollbackSessionRequest.SerializeToString,
+            cellserve_dot_v1_dot_session__service__pb2.RollbackSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,7 +36,9 @@ class SessionServiceStub:
 
     One writer at a time. Opening or attaching an existing id takes the session over: its epoch grows, the earlier
     holder's queued runs are withdrawn (SESSION_MOVED), the running one finishes, and the earlier holder is refused
-    from then on. GetSession, ListSessions, ExportSession, ForkSession, Step and Generate take nothing over.
+    from then on. GetSession, ListSessions, ExportSession, ForkSession, Step and Generate take nothing over on the server
+    that has the session; the others, Step and Generate among them, move a session of another server of the same state
+    store here, as an attach would.
 
     Retries. A run of n tokens sent for position p meets a session that has consumed and accepted P tokens:
       P = p: it runs.
@@ -81,6 +83,14 @@ class SessionServiceStub:
     """Waits for the session's accepted runs, then gives its state. SESSION_BUSY."""
     ImportSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ImportSessionRequest, _session_service_pb2.ImportSessionResponse]
     """Waits for the session's accepted runs, then replaces its state. STATE_MISMATCH, SESSION_BUSY."""
+    CheckpointSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.CheckpointSessionRequest, _session_service_pb2.CheckpointSessionResponse]
+    """Waits for the session's accepted runs, then marks its state under a name, to be rolled back to. A session keeps its
+    `max_checkpoints` newest marks; a name that is used again marks the newer state. SESSION_BUSY.
+    """
+    RollbackSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.RollbackSessionRequest, _session_service_pb2.RollbackSessionResponse]
+    """Waits for the session's accepted runs, then sets its state and position to what was marked. The mark stays.
+    CHECKPOINT_NOT_FOUND, SESSION_BUSY.
+    """
     Step: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.StepRequest, _session_service_pb2.StepResponse]
     """One run of one session, for simple tools and for languages without a client library. Needs no stream and takes
     nothing over. A deadline or a cancellation counts until the first token has run. INVALID_INPUT,
@@ -105,7 +115,9 @@ class SessionServiceAsyncStub(SessionServiceStub):
 
     One writer at a time. Opening or attaching an existing id takes the session over: its epoch grows, the earlier
     holder's queued runs are withdrawn (SESSION_MOVED), the running one finishes, and the earlier holder is refused
-    from then on. GetSession, ListSessions, ExportSession, ForkSession, Step and Generate take nothing over.
+    from then on. GetSession, ListSessions, ExportSession, ForkSession, Step and Generate take nothing over on the server
+    that has the session; the others, Step and Generate among them, move a session of another server of the same state
+    store here, as an attach would.
 
     Retries. A run of n tokens sent for position p meets a session that has consumed and accepted P tokens:
       P = p: it runs.
@@ -147,6 +159,14 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """Waits for the session's accepted runs, then gives its state. SESSION_BUSY."""
     ImportSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ImportSessionRequest, _session_service_pb2.ImportSessionResponse]  # type: ignore[assignment]
     """Waits for the session's accepted runs, then replaces its state. STATE_MISMATCH, SESSION_BUSY."""
+    CheckpointSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.CheckpointSessionRequest, _session_service_pb2.CheckpointSessionResponse]  # type: ignore[assignment]
+    """Waits for the session's accepted runs, then marks its state under a name, to be rolled back to. A session keeps its
+    `max_checkpoints` newest marks; a name that is used again marks the newer state. SESSION_BUSY.
+    """
+    RollbackSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.RollbackSessionRequest, _session_service_pb2.RollbackSessionResponse]  # type: ignore[assignment]
+    """Waits for the session's accepted runs, then sets its state and position to what was marked. The mark stays.
+    CHECKPOINT_NOT_FOUND, SESSION_BUSY.
+    """
     Step: _aio.UnaryUnaryMultiCallable[_session_service_pb2.StepRequest, _session_service_pb2.StepResponse]  # type: ignore[assignment]
     """One run of one session, for simple tools and for languages without a client library. Needs no stream and takes
     nothing over. A deadline or a cancellation counts until the first token has run. INVALID_INPUT,
@@ -170,7 +190,9 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
 
     One writer at a time. Opening or attaching an existing id takes the session over: its epoch grows, the earlier
     holder's queued runs are withdrawn (SESSION_MOVED), the running one finishes, and the earlier holder is refused
-    from then on. GetSession, ListSessions, ExportSession, ForkSession, Step and Generate take nothing over.
+    from then on. GetSession, ListSessions, ExportSession, ForkSession, Step and Generate take nothing over on the server
+    that has the session; the others, Step and Generate among them, move a session of another server of the same state
+    store here, as an attach would.
 
     Retries. A run of n tokens sent for position p meets a session that has consumed and accepted P tokens:
       P = p: it runs.
@@ -264,6 +286,26 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_session_service_pb2.ImportSessionResponse, _abc.Awaitable[_session_service_pb2.ImportSessionResponse]]:
         """Waits for the session's accepted runs, then replaces its state. STATE_MISMATCH, SESSION_BUSY."""
+
+    @_abc_1.abstractmethod
+    def CheckpointSession(
+        self,
+        request: _session_service_pb2.CheckpointSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_service_pb2.CheckpointSessionResponse, _abc.Awaitable[_session_service_pb2.CheckpointSessionResponse]]:
+        """Waits for the session's accepted runs, then marks its state under a name, to be rolled back to. A session keeps its
+        `max_checkpoints` newest marks; a name that is used again marks the newer state. SESSION_BUSY.
+        """
+
+    @_abc_1.abstractmethod
+    def RollbackSession(
+        self,
+        request: _session_service_pb2.RollbackSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_service_pb2.RollbackSessionResponse, _abc.Awaitable[_session_service_pb2.RollbackSessionResponse]]:
+        """Waits for the session's accepted runs, then sets its state and position to what was marked. The mark stays.
+        CHECKPOINT_NOT_FOUND, SESSION_BUSY.
+        """
 
     @_abc_1.abstractmethod
     def Step(

@@ -26,49 +26,51 @@ from cellserve.v1 import errors_pb2 as cellserve_dot_v1_dot_errors__pb2
 from cellserve.v1 import values_pb2 as cellserve_dot_v1_dot_values__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63\x65llserve/v1/stream.proto\x12\x0c\x63\x65llserve.v1\x1a\x19\x63\x65llserve/v1/errors.proto\x1a\x19\x63\x65llserve/v1/values.proto\"8\n\rStreamRequest\x12\'\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x15.cellserve.v1.Command\"\xaa\x02\n\x07\x43ommand\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.cellserve.v1.OpenCommandH\x00\x12\'\n\x03run\x18\x02 \x01(\x0b\x32\x18.cellserve.v1.RunCommandH\x00\x12+\n\x05reset\x18\x03 \x01(\x0b\x32\x1a.cellserve.v1.ResetCommandH\x00\x12+\n\x05\x63lose\x18\x04 \x01(\x0b\x32\x1a.cellserve.v1.CloseCommandH\x00\x12-\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x1b.cellserve.v1.CancelCommandH\x00\x12\x37\n\x0b\x61\x63knowledge\x18\x06 \x01(\x0b\x32 .cellserve.v1.AcknowledgeCommandH\x00\x42\t\n\x07\x63ommand\"5\n\x0eStreamResponse\x12#\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x13.cellserve.v1.Event\"\xcf\x02\n\x05\x45vent\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.cellserve.v1.OpenedEventH\x00\x12,\n\x07\x61nswers\x18\x02 \x01(\x0b\x32\x19.cellserve.v1.AnswerEventH\x00\x12.\n\x08\x66\x61ilures\x18\x03 \x01(\x0b\x32\x1a.cellserve.v1.FailureEventH\x00\x12\'\n\x04\x64one\x18\x04 \x01(\x0b\x32\x17.cellserve.v1.DoneEventH\x00\x12-\n\x07\x64urable\x18\x05 \x01(\x0b\x32\x1a.cellserve.v1.DurableEventH\x00\x12)\n\x05\x65nded\x18\x06 \x01(\x0b\x32\x18.cellserve.v1.EndedEventH\x00\x12/\n\x08\x64raining\x18\x07 \x01(\x0b\x32\x1b.cellserve.v1.DrainingEventH\x00\x42\x07\n\x05\x65vent\"\xa7\x01\n\x0bOpenCommand\x12\x10\n\x08requests\x18\x01 \x03(\x06\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0bsession_ids\x18\x03 \x03(\t\x12$\n\x04mode\x18\x04 \x01(\x0e\x32\x16.cellserve.v1.OpenMode\x12,\n\ndurability\x18\x05 \x01(\x0e\x32\x18.cellserve.v1.Durability\x12\x0e\n\x06states\x18\x06 \x03(\x0c\"\xfa\x01\n\nRunCommand\x12\x10\n\x08requests\x18\x01 \x03(\x06\x12\x0f\n\x07handles\x18\x02 \x03(\x06\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\x07\x12\x0e\n\x06tokens\x18\x04 \x03(\x07\x12)\n\x07vectors\x18\x05 \x01(\x0b\x32\x18.cellserve.v1.FloatBlock\x12\x11\n\tpositions\x18\x06 \x03(\x06\x12\x1d\n\x15timeouts_milliseconds\x18\x07 \x03(\x07\x12,\n\x07outputs\x18\x08 \x01(\x0b\x32\x1b.cellserve.v1.OutputRequest\x12\x1e\n\x16\x61\x63knowledged_positions\x18\t \x03(\x06\"1\n\x0cResetCommand\x12\x10\n\x08requests\x18\x01 \x03(\x06\x12\x0f\n\x07handles\x18\x02 \x03(\x06\"1\n\x0c\x43loseCommand\x12\x10\n\x08requests\x18\x01 \x03(\x06\x12\x0f\n\x07handles\x18\x02 \x03(\x06\"\x1d\n\rCancelCommand\x12\x0c\n\x04runs\x18\x01 \x03(\x06\"8\n\x12\x41\x63knowledgeCommand\x12\x0f\n\x07handles\x18\x01 \x03(\x06\x12\x11\n\tpositions\x18\x02 \x03(\x06\"\x94\x01\n\x0bOpenedEvent\x12\x10\n\x08requests\x18\x01 \x03(\x06\x12\x13\n\x0bsession_ids\x18\x02 \x03(\t\x12\x0f\n\x07handles\x18\x03 \x03(\x06\x12\x11\n\tpositions\x18\x04 \x03(\x06\x12\x0e\n\x06\x65pochs\x18\x05 \x03(\x06\x12\x0f\n\x07\x63reated\x18\x06 \x03(\x08\x12\x19\n\x11\x64urable_positions\x18\x07 \x03(\x06\"\x83\x01\n\x0b\x41nswerEvent\x12\x10\n\x08requests\x18\x01 \x03(\x06\x12\x11\n\tpositions\x18\x02 \x03(\x06\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\x07\x12\x11\n\tremaining\x18\x04 \x03(\x07\x12,\n\x07outputs\x18\x05 \x01(\x0b\x32\x1b.cellserve.v1.OutputColumns\"\xa2\x01\n\x0c\x46\x61ilureEvent\x12\x10\n\x08requests\x18\x01 \x03(\x06\x12\r\n\x05\x63odes\x18\x02 \x03(\x07\x12*\n\x07reasons\x18\x03 \x03(\x0e\x32\x19.cellserve.v1.ErrorReason\x12\x11\n\tpositions\x18\x04 \x03(\x06\x12 \n\x18retry_after_milliseconds\x18\x05 \x03(\x07\x12\x10\n\x08messages\x18\x06 \x03(\t\">\n\tDoneEvent\x12\x10\n\x08requests\x18\x01 \x03(\x06\x12\x0f\n\x07handles\x18\x02 \x03(\x06\x12\x0e\n\x06\x65pochs\x18\x03 \x03(\x06\"2\n\x0c\x44urableEvent\x12\x0f\n\x07handles\x18\x01 \x03(\x06\x12\x11\n\tpositions\x18\x02 \x03(\x06\"I\n\nEndedEvent\x12\x0f\n\x07handles\x18\x01 \x03(\x06\x12*\n\x07reasons\x18\x02 \x03(\x0e\x32\x19.cellserve.v1.ErrorReason\"-\n\rDrainingEvent\x12\x1c\n\x14timeout_milliseconds\x18\x01 \x01(\r*q\n\x08OpenMode\x12\x19\n\x15OPEN_MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10OPEN_MODE_ATTACH\x10\x01\x12\x14\n\x10OPEN_MODE_CREATE\x10\x02\x12\x1e\n\x1aOPEN_MODE_ATTACH_OR_CREATE\x10\x03*k\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44URABILITY_NONE\x10\x01\x12\x17\n\x13\x44URABILITY_PERIODIC\x10\x02\x12\x13\n\x0f\x44URABILITY_SYNC\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63\x65llserve/v1/stream.proto\x12\x0c\x63\x65llserve.v1\x1a\x19\x63\x65llserve/v1/errors.proto\x1a\x19\x63\x65llserve/v1/values.proto\"8\n\rStreamRequest\x12\'\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x15.cellserve.v1.Command\"\xd9\x02\n\x07\x43ommand\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.cellserve.v1.OpenCommandH\x00\x12\'\n\x03run\x18\x02 \x01(\x0b\x32\x18.cellserve.v1.RunCommandH\x00\x12+\n\x05reset\x18\x03 \x01(\x0b\x32\x1a.cellserve.v1.ResetCommandH\x00\x12+\n\x05\x63lose\x18\x04 \x01(\x0b\x32\x1a.cellserve.v1.CloseCommandH\x00\x12-\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x1b.cellserve.v1.CancelCommandH\x00\x12\x37\n\x0b\x61\x63knowledge\x18\x06 \x01(\x0b\x32 .cellserve.v1.AcknowledgeCommandH\x00\x12-\n\x06\x64\x65tach\x18\x07 \x01(\x0b\x32\x1b.cellserve.v1.DetachCommandH\x00\x42\t\n\x07\x63ommand\"5\n\x0eStreamResponse\x12#\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x13.cellserve.v1.Event\"\xcf\x02\n\x05\x45vent\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.cellserve.v1.OpenedEventH\x00\x12,\n\x07\x61nswers\x18\x02 \x01(\x0b\x32\x19.cellserve.v1.AnswerEventH\x00\x12.\n\x08\x66\x61ilures\x18\x03 \x01(\x0b\x32\x1a.cellserve.v1.FailureEventH\x00\x12\'\n\x04\x64one\x18\x04 \x01(\x0b\x32\x17.cellserve.v1.DoneEventH\x00\x12-\n\x07\x64urable\x18\x05 \x01(\x0b\x32\x1a.cellserve.v1.DurableEventH\x00\x12)\n\x05\x65nded\x18\x06 \x01(\x0b\x32\x18.cellserve.v1.EndedEventH\x00\x12/\n\x08\x64raining\x18\x07 \x01(\x0b\x32\x1b.cellserve.v1.DrainingEventH\x00\x42\x07\n\x05\x65vent\"\xb8\x01\n\x0bOpenCommand\x12\x10\n\x08requests\x18\x01 \x03(\x06\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0bsession_ids\x18\x03 \x03(\t\x12$\n\x04mode\x18\x04 \x01(\x0e\x32\x16.cellserve.v1.OpenMode\x12,\n\ndurability\x18\x05 \x01(\x0e\x32\x18.cellserve.v1.Durability\x12\x0e\n\x06states\x18\x06 \x03(\x0c\x12\x0f\n\x07holders\x18\x07 \x03(\x06\"\xfa\x01\n\nRunCommand\x12\x10\n\x08requests\x18\x01 \x03(\x06\x12\x0f\n\x07handles\x18\x02 \x03(\x06\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\x07\x12\x0e\n\x06tokens\x18\x04 \x03(\x07\x12)\n\x07vectors\x18\x05 \x01(\x0b\x32\x18.cellserve.v1.FloatBlock\x12\x11\n\tpositions\x18\x06 \x03(\x06\x12\x1d\n\x15timeouts_milliseconds\x18\x07 \x03(\x07\x12,\n\x07outputs\x18\x08 \x01(\x0b\x32\x1b.cellserve.v1.OutputRequest\x12\x1e\n\x16\x61\x63knowledged_positions\x18\t \x03(\x06\"1\n\x0cResetCommand\x12\x10\n\x08requests\x18\x01 \x03(\x06\x12\x0f\n\x07handles\x18\x02 \x03(\x06\"1\n\x0c\x43loseCommand\x12\x10\n\x08requests\x18\x01 \x03(\x06\x12\x0f\n\x07handles\x18\x02 \x03(\x06\"2\n\rDetachCommand\x12\x10\n\x08requests\x18\x01 \x03(\x06\x12\x0f\n\x07handles\x18\x02 \x03(\x06\"\x1d\n\rCancelCommand\x12\x0c\n\x04runs\x18\x01 \x03(\x06\"8\n\x12\x41\x63knowledgeCommand\x12\x0f\n\x07handles\x18\x01 \x03(\x06\x12\x11\n\tpositions\x18\x02 \x03(\x06\"\xc4\x01\n\x0bOpenedEvent\x12\x10\n\x08requests\x18\x01 \x03(\x06\x12\x13\n\x0bsession_ids\x18\x02 \x03(\t\x12\x0f\n\x07handles\x18\x03 \x03(\x06\x12\x11\n\tpositions\x18\x04 \x03(\x06\x12\x0e\n\x06\x65pochs\x18\x05 \x03(\x06\x12\x0f\n\x07\x63reated\x18\x06 \x03(\x08\x12\x19\n\x11\x64urable_positions\x18\x07 \x03(\x06\x12.\n\x0c\x64urabilities\x18\x08 \x03(\x0e\x32\x18.cellserve.v1.Durability\"\x83\x01\n\x0b\x41nswerEvent\x12\x10\n\x08requests\x18\x01 \x03(\x06\x12\x11\n\tpositions\x18\x02 \x03(\x06\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\x07\x12\x11\n\tremaining\x18\x04 \x03(\x07\x12,\n\x07outputs\x18\x05 \x01(\x0b\x32\x1b.cellserve.v1.OutputColumns\"\xa2\x01\n\x0c\x46\x61ilureEvent\x12\x10\n\x08requests\x18\x01 \x03(\x06\x12\r\n\x05\x63odes\x18\x02 \x03(\x07\x12*\n\x07reasons\x18\x03 \x03(\x0e\x32\x19.cellserve.v1.ErrorReason\x12\x11\n\tpositions\x18\x04 \x03(\x06\x12 \n\x18retry_after_milliseconds\x18\x05 \x03(\x07\x12\x10\n\x08messages\x18\x06 \x03(\t\">\n\tDoneEvent\x12\x10\n\x08requests\x18\x01 \x03(\x06\x12\x0f\n\x07handles\x18\x02 \x03(\x06\x12\x0e\n\x06\x65pochs\x18\x03 \x03(\x06\"2\n\x0c\x44urableEvent\x12\x0f\n\x07handles\x18\x01 \x03(\x06\x12\x11\n\tpositions\x18\x02 \x03(\x06\"I\n\nEndedEvent\x12\x0f\n\x07handles\x18\x01 \x03(\x06\x12*\n\x07reasons\x18\x02 \x03(\x0e\x32\x19.cellserve.v1.ErrorReason\"-\n\rDrainingEvent\x12\x1c\n\x14timeout_milliseconds\x18\x01 \x01(\r*\x87\x01\n\x08OpenMode\x12\x19\n\x15OPEN_MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10OPEN_MODE_ATTACH\x10\x01\x12\x14\n\x10OPEN_MODE_CREATE\x10\x02\x12\x1e\n\x1aOPEN_MODE_ATTACH_OR_CREATE\x10\x03\x12\x14\n\x10OPEN_MODE_RESUME\x10\x04*k\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44URABILITY_NONE\x10\x01\x12\x17\n\x13\x44URABILITY_PERIODIC\x10\x02\x12\x13\n\x0f\x44URABILITY_SYNC\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cellserve.v1.stream_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OPENMODE']._serialized_start=2151
-  _globals['_OPENMODE']._serialized_end=2264
-  _globals['_DURABILITY']._serialized_start=2266
-  _globals['_DURABILITY']._serialized_end=2373
+  _globals['_OPENMODE']._serialized_start=2316
+  _globals['_OPENMODE']._serialized_end=2451
+  _globals['_DURABILITY']._serialized_start=2453
+  _globals['_DURABILITY']._serialized_end=2560
   _globals['_STREAMREQUEST']._serialized_start=97
   _globals['_STREAMREQUEST']._serialized_end=153
   _globals['_COMMAND']._serialized_start=156
-  _globals['_COMMAND']._serialized_end=454
-  _globals['_STREAMRESPONSE']._serialized_start=456
-  _globals['_STREAMRESPONSE']._serialized_end=509
-  _globals['_EVENT']._serialized_start=512
-  _globals['_EVENT']._serialized_end=847
-  _globals['_OPENCOMMAND']._serialized_start=850
-  _globals['_OPENCOMMAND']._serialized_end=1017
-  _globals['_RUNCOMMAND']._serialized_start=1020
-  _globals['_RUNCOMMAND']._serialized_end=1270
-  _globals['_RESETCOMMAND']._serialized_start=1272
-  _globals['_RESETCOMMAND']._serialized_end=1321
-  _globals['_CLOSECOMMAND']._serialized_start=1323
-  _globals['_CLOSECOMMAND']._serialized_end=1372
-  _globals['_CANCELCOMMAND']._serialized_start=1374
-  _globals['_CANCELCOMMAND']._serialized_end=1403
-  _globals['_ACKNOWLEDGECOMMAND']._serialized_start=1405
-  _globals['_ACKNOWLEDGECOMMAND']._serialized_end=1461
-  _globals['_OPENEDEVENT']._serialized_start=1464
-  _globals['_OPENEDEVENT']._serialized_end=1612
-  _globals['_ANSWEREVENT']._serialized_start=1615
-  _globals['_ANSWEREVENT']._serialized_end=1746
-  _globals['_FAILUREEVENT']._serialized_start=1749
-  _globals['_FAILUREEVENT']._serialized_end=1911
-  _globals['_DONEEVENT']._serialized_start=1913
-  _globals['_DONEEVENT']._serialized_end=1975
-  _globals['_DURABLEEVENT']._serialized_start=1977
-  _globals['_DURABLEEVENT']._serialized_end=2027
-  _globals['_ENDEDEVENT']._serialized_start=2029
-  _globals['_ENDEDEVENT']._serialized_end=2102
-  _globals['_DRAININGEVENT']._serialized_start=2104
-  _globals['_DRAININGEVENT']._serialized_end=2149
+  _globals['_COMMAND']._serialized_end=501
+  _globals['_STREAMRESPONSE']._serialized_start=503
+  _globals['_STREAMRESPONSE']._serialized_end=556
+  _globals['_EVENT']._serialized_start=559
+  _globals['_EVENT']._serialized_end=894
+  _globals['_OPENCOMMAND']._serialized_start=897
+  _globals['_OPENCOMMAND']._serialized_end=1081
+  _globals['_RUNCOMMAND']._serialized_start=1084
+  _globals['_RUNCOMMAND']._serialized_end=1334
+  _globals['_RESETCOMMAND']._serialized_start=1336
+  _globals['_RESETCOMMAND']._serialized_end=1385
+  _globals['_CLOSECOMMAND']._serialized_start=1387
+  _globals['_CLOSECOMMAND']._serialized_end=1436
+  _globals['_DETACHCOMMAND']._serialized_start=1438
+  _globals['_DETACHCOMMAND']._serialized_end=1488
+  _globals['_CANCELCOMMAND']._serialized_start=1490
+  _globals['_CANCELCOMMAND']._serialized_end=1519
+  _globals['_ACKNOWLEDGECOMMAND']._serialized_start=1521
+  _globals['_ACKNOWLEDGECOMMAND']._serialized_end=1577
+  _globals['_OPENEDEVENT']._serialized_start=1580
+  _globals['_OPENEDEVENT']._serialized_end=1776
+  _globals['_ANSWEREVENT']._serialized_start=1779
+  _globals['_ANSWEREVENT']._serialized_end=1910
+  _globals['_FAILUREEVENT']._serialized_start=1913
+  _globals['_FAILUREEVENT']._serialized_end=2075
+  _globals['_DONEEVENT']._serialized_start=2077
+  _globals['_DONEEVENT']._serialized_end=2139
+  _globals['_DURABLEEVENT']._serialized_start=2141
+  _globals['_DURABLEEVENT']._serialized_end=2191
+  _globals['_ENDEDEVENT']._serialized_start=2193
+  _globals['_ENDEDEVENT']._serialized_end=2266
+  _globals['_DRAININGEVENT']._serialized_start=2268
+  _globals['_DRAININGEVENT']._serialized_end=2313
 # @@protoc_insertion_point(module_scope)

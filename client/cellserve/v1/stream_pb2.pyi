@@ -35,6 +35,10 @@ class _OpenModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OpenMode.Val
     """The session must not exist. SESSION_EXISTS."""
     OPEN_MODE_ATTACH_OR_CREATE: _OpenMode.ValueType  # 3
     """Attached if it exists, created otherwise."""
+    OPEN_MODE_RESUME: _OpenMode.ValueType  # 4
+    """The session must exist, and have been attached last under the row's mark in `holders`; SESSION_MOVED otherwise. So a
+    client that lost its stream never takes a session back from one that came after it. For stream open commands only.
+    """
 
 class OpenMode(_OpenMode, metaclass=_OpenModeEnumTypeWrapper):
     """What may happen when a session is opened."""
@@ -47,6 +51,10 @@ OPEN_MODE_CREATE: OpenMode.ValueType  # 2
 """The session must not exist. SESSION_EXISTS."""
 OPEN_MODE_ATTACH_OR_CREATE: OpenMode.ValueType  # 3
 """Attached if it exists, created otherwise."""
+OPEN_MODE_RESUME: OpenMode.ValueType  # 4
+"""The session must exist, and have been attached last under the row's mark in `holders`; SESSION_MOVED otherwise. So a
+client that lost its stream never takes a session back from one that came after it. For stream open commands only.
+"""
 Global___OpenMode: _TypeAlias = OpenMode  # noqa: Y015
 
 class _Durability:
@@ -123,6 +131,7 @@ class Command(_message.Message):
     CLOSE_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGE_FIELD_NUMBER: _builtins.int
+    DETACH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___OpenCommand: ...
     @_builtins.property
@@ -135,6 +144,8 @@ class Command(_message.Message):
     def cancel(self) -> Global___CancelCommand: ...
     @_builtins.property
     def acknowledge(self) -> Global___AcknowledgeCommand: ...
+    @_builtins.property
+    def detach(self) -> Global___DetachCommand: ...
     def __init__(
         self,
         *,
@@ -144,12 +155,13 @@ class Command(_message.Message):
         close: Global___CloseCommand | None = ...,
         cancel: Global___CancelCommand | None = ...,
         acknowledge: Global___AcknowledgeCommand | None = ...,
+        detach: Global___DetachCommand | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["acknowledge", b"acknowledge", "cancel", b"cancel", "close", b"close", "command", b"command", "open", b"open", "reset", b"reset", "run", b"run"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acknowledge", b"acknowledge", "cancel", b"cancel", "close", b"close", "command", b"command", "detach", b"detach", "open", b"open", "reset", b"reset", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledge", b"acknowledge", "cancel", b"cancel", "close", b"close", "command", b"command", "open", b"open", "reset", b"reset", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledge", b"acknowledge", "cancel", b"cancel", "close", b"close", "command", b"command", "detach", b"detach", "open", b"open", "reset", b"reset", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["open", "run", "reset", "close", "cancel", "acknowledge"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["open", "run", "reset", "close", "cancel", "acknowledge", "detach"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -235,6 +247,7 @@ class OpenCommand(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     DURABILITY_FIELD_NUMBER: _builtins.int
     STATES_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Required. MODEL_NOT_FOUND."""
     mode: Global___OpenMode.ValueType
@@ -255,6 +268,12 @@ class OpenCommand(_message.Message):
         that exists. STATE_MISMATCH.
         """
 
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """For each row a mark of the client's own making, kept with the session while this client holds it, also by the state
+        store: OPEN_MODE_RESUME asks for it. Empty or 0: the session has no mark.
+        """
+
     def __init__(
         self,
         *,
@@ -264,10 +283,11 @@ class OpenCommand(_message.Message):
         mode: Global___OpenMode.ValueType = ...,
         durability: Global___Durability.ValueType = ...,
         states: _abc.Iterable[_builtins.bytes] | None = ...,
+        holders: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "mode", b"mode", "model", b"model", "requests", b"requests", "session_ids", b"session_ids", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "holders", b"holders", "mode", b"mode", "model", b"model", "requests", b"requests", "session_ids", b"session_ids", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -416,6 +436,39 @@ class CloseCommand(_message.Message):
 Global___CloseCommand: _TypeAlias = CloseCommand  # noqa: Y015
 
 @_typing.final
+class DetachCommand(_message.Message):
+    """Gives sessions up: their handles are stale from then on, their accepted runs still run, and they stay open, attachable by
+    id here and, with a state store, on any other server of it. The done event comes when the state is where another server
+    finds it, so that nothing is lost by a move.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    HANDLES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Required."""
+
+    @_builtins.property
+    def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Required, one for each row. STALE_HANDLE, SESSION_MOVED, SESSION_BUSY."""
+
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[_builtins.int] | None = ...,
+        handles: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handles", b"handles", "requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DetachCommand: _TypeAlias = DetachCommand  # noqa: Y015
+
+@_typing.final
 class CancelCommand(_message.Message):
     """Withdraws runs whose first token has not run; they are answered with RUN_CANCELLED, later runs of the same session
     with POSITION_GAP. A run that has begun, or is unknown, is left alone. Has no answer of its own.
@@ -486,6 +539,7 @@ class OpenedEvent(_message.Message):
     EPOCHS_FIELD_NUMBER: _builtins.int
     CREATED_FIELD_NUMBER: _builtins.int
     DURABLE_POSITIONS_FIELD_NUMBER: _builtins.int
+    DURABILITIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def requests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -506,6 +560,10 @@ class OpenedEvent(_message.Message):
     def durable_positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The newest positions that are safe in the state store; empty without a store."""
 
+    @_builtins.property
+    def durabilities(self) -> _containers.RepeatedScalarFieldContainer[Global___Durability.ValueType]:
+        """What a crash of the server may cost each session: never DURABILITY_UNSPECIFIED."""
+
     def __init__(
         self,
         *,
@@ -516,10 +574,11 @@ class OpenedEvent(_message.Message):
         epochs: _abc.Iterable[_builtins.int] | None = ...,
         created: _abc.Iterable[_builtins.bool] | None = ...,
         durable_positions: _abc.Iterable[_builtins.int] | None = ...,
+        durabilities: _abc.Iterable[Global___Durability.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "durable_positions", b"durable_positions", "epochs", b"epochs", "handles", b"handles", "positions", b"positions", "requests", b"requests", "session_ids", b"session_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "durabilities", b"durabilities", "durable_positions", b"durable_positions", "epochs", b"epochs", "handles", b"handles", "positions", b"positions", "requests", b"requests", "session_ids", b"session_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -625,7 +684,7 @@ Global___FailureEvent: _TypeAlias = FailureEvent  # noqa: Y015
 
 @_typing.final
 class DoneEvent(_message.Message):
-    """Resets and closes that are done."""
+    """Resets, closes and detaches that are done."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -636,7 +695,7 @@ class DoneEvent(_message.Message):
     def requests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The session's new handle after a reset; 0 after a close."""
+        """The session's new handle after a reset; 0 after a close or a detach."""
 
     @_builtins.property
     def epochs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...

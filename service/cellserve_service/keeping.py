@@ -1,0 +1,425 @@
+"""Keeps durable sessions in the state store: what is written and when, and which answers wait until it is.
+
+It only says what is to be done, in `requests`; keeper.py does it and brings the outcome back. Tick and store never wait
+for each other.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellserve.v1.errors_pb2 import ErrorReason
+from cellserve_service.core import Core
+from cellserve_service.core import Operation as ChainOperation
+from cellserve_service.errors import Refusal
+from cellserve_service.messages import Answers, Done, DurablePositions, Generated
+from cellserve_service.runs import Kind, Status
+from cellserve_service.served import ServedModel
+from cellserve_service.sessions import NO_RUN, NO_SLOT, NO_STREAM, Durability, Stage
+from cellserve_service.snapshots import Snapshot, take_snapshot
+from cellserve_service.stepping import IntArray
+from cellserve_service.stores.operations import Load, Loaded, Operation, Outcome, Written
+from cellserve_service.stores.rows import DamagedError, decode_session
+
+# Sessions copied in one turn of the engine, so that a large checkpoint never holds up the ticks.
+MAX_TURN_SESSIONS = 512
+
+MOVED = Refusal(ErrorReason.ERROR_REASON_SESSION_MOVED, "another server has taken the session over")
+_DAMAGED = ErrorReason.ERROR_REASON_STATE_DAMAGED
+
+
+@dataclass(frozen=True, slots=True)
+class WriteSessions:
+    """Write sessions as they were. Tried again until it succeeds."""
+
+    snapshot: Snapshot
+    done: Callable[[Sequence[Written]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class AskStore:
+    """Do operations in order. `failed` gets why the store did not; None: it is tried again until it succeeds."""
+
+    operations: Sequence[Operation]
+    done: Callable[[Sequence[Outcome]], None]
+    failed: Callable[[Refusal], None] | None = None
+
+
+StoreRequest = WriteSessions | AskStore
+
+
+@dataclass(slots=True, eq=False)
+class _Withheld:
+    """An event that leaves when the states of all its sessions are durable, or lost."""
+
+    event: Answers | Generated
+    rows: list[int]  # of the session table, one for each row of the event
+    missing: int
+    lost: set[int] = field(default_factory=set)
+
+
+class Keeping:
+    """The engine's side of the state store."""
+
+    def __init__(self, core: Core) -> None:
+        self.requests: list[StoreRequest] = []
+        self.trouble = ""  # why the store does not answer; empty while it does
+        self.num_fenced = 0
+        self.num_writing = 0  # requests that are under way and change something
+        self._core = core
+        # By session row: what waits for a position of the session to be durable.
+        self._withheld: dict[int, deque[tuple[tuple[float, float], _Withheld]]] = {}
+        self._changed_at: dict[int, float] = {}  # by number of the write under way: the oldest change in it
+        self._num_writes = 0
+
+    # What is to be written.
+
+    def advanced(self, served: ServedModel, rows: IntArray, at_boundary: IntArray) -> None:
+        """Sessions were in a tick; some of them stand at a run boundary now. Both are rows of one model."""
+        sessions = self._core.sessions
+        durable = rows[sessions.durability[rows] != Durability.NONE]
+        if not len(durable):
+            return
+        fresh = durable[~sessions.is_dirty[durable]]
+        if len(fresh):
+            sessions.is_dirty[fresh] = True
+            sessions.dirty_since[fresh] = self._core.now
+        due = at_boundary[(sessions.durability[at_boundary] == Durability.SYNC) | sessions.is_due[at_boundary]]
+        if not len(due):
+            return
+        is_free = sessions.num_writes[due] == 0
+        if np.count_nonzero(is_free) < len(due):
+            sessions.is_due[due[~is_free]] = True  # when what is on its way has arrived: a store may be slow, or gone
+            due = due[is_free]
+        if len(due):
+            self.write(served, due)
+
+    def changed(self, row: int) -> None:
+        """A session is not as it is stored; the next checkpoint writes it."""
+        sessions = self._core.sessions
+        if sessions.durability[row] != Durability.NONE and not sessions.is_dirty[row]:
+            sessions.is_dirty[row] = True
+            sessions.dirty_since[row] = self._core.now
+
+    def begin_checkpoint(self) -> None:
+        """Every session that has changed is due to be written."""
+        sessions = self._core.sessions
+        sessions.is_due |= sessions.is_dirty
+
+    def write_due(self) -> bool:
+        """Write sessions that are due and stand at a run boundary, as many as a turn takes; whether there are more."""
+        sessions = self._core.sessions
+        due = np.flatnonzero(sessions.is_due)
+        more = False
+        for served in self._core.served:
+            rows = self._writable(served, due[sessions.model[due] == served.index])
+            if len(rows):
+                self.write(served, rows[:MAX_TURN_SESSIONS])
+                more |= len(rows) > MAX_TURN_SESSIONS
+        return more
+
+    def _writable(self, served: ServedModel, rows: IntArray) -> IntArray:
+        """Sessions that are due, stand at a run boundary, and are not being written; begins to load missing states."""
+        sessions, table = self._core.sessions, served.runs
+        rows = rows[
+            sessions.is_due[rows]
+            & sessions.is_dirty[rows]
+            & (sessions.num_writes[rows] == 0)
+            & (sessions.stage[rows] != Stage.LOADING)
+        ]
+        first = sessions.next_run[rows]
+        inside = (first != NO_RUN) & (table.status[first] == Status.STARTED) & (table.kind[first] == Kind.RUN)
+        return self.fetch_states(served, rows[~inside])
+
+    def write(
+        self,
+        served: ServedModel,
+        rows: IntArray,
+        *,
+        with_marks: bool = False,
+        then: Callable[[Written], None] | None = None,
+    ) -> None:
+        """Write sessions of one model that stand at a run boundary. then: gets the outcome, of one session."""
+        core, sessions = self._core, self._core.sessions
+        snapshot = take_snapshot(core, served, rows, with_marks=with_marks)
+        changed_at = np.where(sessions.is_dirty[rows], sessions.dirty_since[rows], core.now)
+        sessions.is_dirty[rows] = sessions.is_due[rows] = False
+        sessions.num_writes[rows] += 1
+        self._num_writes += 1
+        number = self._num_writes
+        self._changed_at[number] = float(changed_at.min())
+        self.num_writing += 1
+
+        def done(outcomes: Sequence[Written]) -> None:
+            self.num_writing -= 1
+            del self._changed_at[number]
+            current = rows[sessions.incarnation[rows] == snapshot.incarnations]
+            sessions.num_writes[current] -= 1
+            advanced = self._written(snapshot, outcomes)
+            if then is not None:
+                then(outcomes[0])
+            self._tell(*advanced)  # after that, which may have told a handle
+            again = self._writable(served, current)
+            if len(again):
+                self.write(served, again)
+
+        self.requests.append(WriteSessions(snapshot, done))
+
+    def write_through(self, row: int, event: Done, *, with_marks: bool = False) -> None:
+        """Give an answer once the session is stored as it is now; at once where it is not durable."""
+        core, served = self._core, self._core.model_of(row)
+        if core.sessions.durability[row] == Durability.NONE:
+            core.events.append(event)
+            return
+
+        def then(outcome: Written) -> None:
+            if outcome is Written.FENCED:
+                core.refuse(event.stream, event.requests, [MOVED] * len(event.requests))
+            else:
+                core.events.append(event)
+
+        self.write(served, np.array([row], np.int64), with_marks=with_marks, then=then)
+
+    def ask(
+        self,
+        operations: Sequence[Operation],
+        done: Callable[[Sequence[Outcome]], None],
+        failed: Callable[[Refusal], None] | None = None,
+    ) -> None:
+        """Ask the store something. failed: None where it must be done, however long it takes."""
+        trouble = self.unavailable()
+        if failed is not None and trouble is not None:
+            failed(trouble)
+        elif failed is None:
+            self.num_writing += 1
+
+            def counted(outcomes: Sequence[Outcome]) -> None:
+                self.num_writing -= 1
+                done(outcomes)
+
+            self.requests.append(AskStore(operations, counted))
+        else:
+            self.requests.append(AskStore(operations, done, failed))
+
+    def unavailable(self) -> Refusal | None:
+        """Why nothing can be written through now, if the store does not answer."""
+        if not self.trouble:
+            return None
+        return Refusal(ErrorReason.ERROR_REASON_STORE_UNAVAILABLE, f"the state store does not answer: {self.trouble}")
+
+    def lag_seconds(self, now: float) -> float:
+        """How long the oldest change has waited to be durable."""
+        sessions = self._core.sessions
+        oldest = [now, *list(self._changed_at.values())]  # the metrics' thread reads while the engine's writes
+        dirty = sessions.dirty_since[sessions.is_dirty]
+        if len(dirty):
+            oldest.append(float(dirty.min()))
+        return now - min(oldest)
+
+    # What waits for it.
+
+    def withhold(self, event: Answers | Generated, rows: Sequence[int], positions: Sequence[int]) -> None:
+        """Give an event out when the sessions' states are durable up to the positions: one for each of its rows."""
+        withheld = _Withheld(event, list(rows), len(rows))
+        lines = self._core.sessions.line
+        for row, position in zip(rows, positions, strict=True):
+            self._withheld.setdefault(row, deque()).append(((int(lines[row]), position), withheld))
+
+    def is_durable(self, row: int, position: int) -> bool:
+        """Whether an answer up to a position of the session may leave."""
+        sessions = self._core.sessions
+        return sessions.durability[row] != Durability.SYNC or (
+            row not in self._withheld and int(sessions.durable_position[row]) >= position
+        )
+
+    def release(self, row: int, line: float = np.inf, position: float = np.inf) -> None:
+        """Give out what waits for a session to be durable up to a position."""
+        waiting = self._withheld.get(row)
+        while waiting and waiting[0][0] <= (line, position):
+            self._settle(waiting.popleft()[1])
+        if waiting is not None and not waiting:
+            del self._withheld[row]
+
+    def _settle(self, withheld: _Withheld) -> None:
+        withheld.missing -= 1
+        if withheld.missing:
+            return
+        core, event = self._core, withheld.event
+        if not withheld.lost:
+            core.events.append(event)
+        elif isinstance(event, Answers):
+            for place, row in enumerate(withheld.rows):
+                if row not in withheld.lost:
+                    core.events.append(event.rows(place, place + 1))
+                elif not event.remaining[place]:  # a slice is refused with the last of its run
+                    core.refuse(event.stream, event.requests[place : place + 1], [MOVED])
+        elif event.finished:
+            core.refuse(event.stream, [event.request], [MOVED])
+
+    def _written(self, snapshot: Snapshot, outcomes: Sequence[Written]) -> tuple[IntArray, IntArray]:
+        """Sessions have been written, or not; returns those that are durable further than before, and how far."""
+        sessions = self._core.sessions
+        current = sessions.incarnation[snapshot.rows] == snapshot.incarnations
+        fenced = np.array([outcome is Written.FENCED for outcome in outcomes], np.bool_)
+        kept = current & ~fenced
+        rows, lines, positions = snapshot.rows[kept], snapshot.lines[kept], snapshot.positions[kept]
+        if self._withheld:
+            for row, line, position in zip(rows.tolist(), lines.tolist(), positions.tolist(), strict=True):
+                self.release(row, line, position)
+        advances = (lines == sessions.line[rows]) & (positions != sessions.durable_position[rows])
+        rows, positions = rows[advances], positions[advances]
+        sessions.durable_position[rows] = positions
+        for row in snapshot.rows[current & fenced].tolist():
+            if sessions.ids[row] is not None:
+                self.lose(row, MOVED)
+        self.num_fenced += int(fenced.sum())
+        return rows, positions
+
+    def _tell(self, rows: IntArray, positions: IntArray) -> None:
+        """Tell the streams that hold sessions how far these are durable."""
+        sessions = self._core.sessions
+        owners = sessions.owner[rows]
+        for owner in np.unique(owners[owners != NO_STREAM]).tolist():
+            mine = owners == owner
+            event = DurablePositions(owner, sessions.handle[rows[mine]].copy(), positions[mine])
+            self._core.events.append(event)
+
+    # Sessions that leave, and states that come back.
+
+    def lose(self, row: int, refusal: Refusal) -> None:
+        """The session is another server's, or cannot be read: its holder and its callers are told, and it leaves."""
+        core, sessions = self._core, self._core.sessions
+        if row in core.generations:
+            core.generations[row].is_lost = True
+        core.break_off_generation(row, refusal)
+        self._refuse_begun(row, refusal)
+        core.refuse_operations(row, refusal)
+        core.withdraw(row, dict.fromkeys(core.waiting_runs(row), refusal))
+        core.tell_owner(row, refusal.reason)
+        if int(sessions.owner[row]) != NO_STREAM:
+            sessions.remember_moved(row)
+        sessions.owner[row] = NO_STREAM
+        for _, withheld in self._withheld.pop(row, ()):
+            withheld.lost.add(row)
+            self._settle(withheld)
+        sessions.durability[row] = Durability.NONE
+        sessions.is_dirty[row] = sessions.is_due[row] = sessions.is_in_store[row] = False
+        core.wake(row)
+        if sessions.ids[row] is None:  # it is being closed, and leaves by that
+            core.go_on_with(row)
+        else:
+            sessions.forget_id(row)
+            self.leave(row)
+
+    def _refuse_begun(self, row: int, refusal: Refusal) -> None:
+        """A run that is under way goes on for nobody: where it leads is not where the session is."""
+        core, served = self._core, self._core.model_of(row)
+        runs, run = served.runs, int(core.sessions.next_run[row])
+        if run == NO_RUN or runs.kind[run] != Kind.RUN or runs.status[run] != Status.STARTED:
+            return
+        core.refuse(int(runs.stream[run]), [int(runs.request[run])], [refusal])
+        for joined in core.joined.pop((served.index, run), ()):
+            core.refuse(joined.stream, [joined.request], [refusal])
+        runs.stream[run] = NO_STREAM
+
+    def leave(self, row: int) -> None:
+        """Free a session without an id when what was accepted is done."""
+        core = self._core
+
+        def execute() -> None:
+            served = core.model_of(row)
+            served.runs.forget(row)
+            served.slots.release(row)
+            core.sessions.free(row)
+
+        core.when_idle(row, ChainOperation(execute))
+
+    def hand_over(self, row: int, event: Done) -> None:
+        """Leave a session to the store, from where any server can take it; then answer."""
+        core, sessions = self._core, self._core.sessions
+
+        def then(outcome: Written) -> None:
+            if outcome is Written.FENCED:
+                core.refuse(event.stream, event.requests, [MOVED] * len(event.requests))
+                return
+            self.unload(row)
+            core.events.append(event)
+
+        if sessions.is_dirty[row] or sessions.durable_position[row] != sessions.position[row]:
+            self.write(core.model_of(row), np.array([row], np.int64), then=then)
+        else:
+            then(Written.WRITTEN)
+
+    def unload(self, row: int) -> None:
+        """Leave a session to the store, if it is stored as it is and nobody uses it."""
+        sessions = self._core.sessions
+        if (
+            sessions.ids[row] is not None
+            and sessions.owner[row] == NO_STREAM
+            and sessions.next_run[row] == NO_RUN
+            and sessions.stage[row] == Stage.IDLE
+            and not sessions.is_dirty[row]
+            and sessions.durable_position[row] == sessions.position[row]
+        ):
+            sessions.forget_id(row)
+            self.leave(row)
+
+    def fetch_states(self, served: ServedModel, rows: IntArray) -> IntArray:
+        """Begin to load the states that are in the store alone; returns the sessions that need not wait for it."""
+        sessions = self._core.sessions
+        stored: NDArray[np.bool_] = sessions.is_in_store[rows]
+        if not stored.any():
+            return rows
+        for row in rows[stored].tolist():
+            sessions.stage[row] = Stage.LOADING
+            self._fetch(served, row)
+        return rows[~stored]
+
+    def _fetch(self, served: ServedModel, row: int) -> None:
+        core, sessions = self._core, self._core.sessions
+        session_id, incarnation = sessions.ids[row], int(sessions.incarnation[row])
+        assert session_id is not None
+
+        def done(outcomes: Sequence[Outcome]) -> None:
+            if sessions.incarnation[row] != incarnation or sessions.stage[row] != Stage.LOADING:
+                return
+            loaded = outcomes[0]
+            assert isinstance(loaded, Loaded)
+            sessions.stage[row] = Stage.IDLE
+            stored = loaded.row
+            if stored is None or stored.position != sessions.position[row]:
+                self.lose(row, MOVED)
+                return
+            try:
+                state = decode_session(session_id, stored.request_id, stored.blob).state()
+            except DamagedError as error:
+                self.lose(row, Refusal(_DAMAGED, f"the stored row of session {session_id!r} is damaged: {error}"))
+                return
+            sessions.is_in_store[row] = False
+            sessions.parked[row] = state
+            served.slots.num_fetched += 1
+            core.go_on_with(row)
+
+        self.ask([Load(session_id)], done)
+
+    def shed(self, max_parked: int) -> None:
+        """Leave the states of the longest idle sessions to the store, where the host holds too many."""
+        sessions = self._core.sessions
+        excess = len(sessions.parked) - max_parked
+        if excess <= 0:
+            return
+        rows = np.fromiter(sessions.parked, np.int64, len(sessions.parked))
+        rows = rows[
+            (sessions.durability[rows] != Durability.NONE)
+            & ~sessions.is_dirty[rows]
+            & (sessions.durable_position[rows] == sessions.position[rows])
+            & (sessions.next_run[rows] == NO_RUN)
+            & (sessions.slot[rows] == NO_SLOT)
+        ]
+        oldest = rows[sessions.last_used[rows].argsort(kind="stable")][:excess]
+        for row in oldest.tolist():
+            del sessions.parked[row]
+        sessions.is_in_store[oldest] = True

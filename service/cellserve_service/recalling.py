@@ -1,0 +1,133 @@
+"""Brings stored sessions back for calls that name them by id, while those calls wait.
+
+What changes a session claims it; what only looks at one reads its row, and leaves it where it is.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cellserve.v1.errors_pb2 import ErrorReason
+from cellserve_service import messages
+from cellserve_service.adoption import adopt, ended_refusal, read_stored
+from cellserve_service.core import Core
+from cellserve_service.errors import Refusal
+from cellserve_service.keeping import Keeping
+from cellserve_service.lifecycle import Lifecycle, done_event
+from cellserve_service.messages import Command, SessionTarget
+from cellserve_service.opening import session_limit
+from cellserve_service.stores.operations import Claim, Claimed, ClaimMode, ClaimResult, Ended, Load, Loaded, Outcome
+
+_CANCELLED = Refusal(ErrorReason.ERROR_REASON_RUN_CANCELLED, "the caller withdrew it")
+# What is stored, and cannot be served, can still be closed.
+_UNREADABLE = {
+    ErrorReason.ERROR_REASON_STATE_DAMAGED,
+    ErrorReason.ERROR_REASON_STATE_MISMATCH,
+    ErrorReason.ERROR_REASON_MODEL_NOT_FOUND,
+}
+_READERS = messages.GetSession | messages.ExportSession | messages.ForkSession
+
+
+class Recalling:
+    """Commands that wait for the state store to tell of their session."""
+
+    def __init__(self, core: Core, keeping: Keeping, lifecycle: Lifecycle, handle: Callable[[Command], None]) -> None:
+        self._core = core
+        self._keeping = keeping
+        self._lifecycle = lifecycle
+        self._handle = handle
+        self._waiting: dict[tuple[int, int], bool] = {}  # by stream and request: whether it was cancelled
+
+    def recall(self, command: Command) -> bool:
+        """Whether a command must wait for its session, which is not here; it is handled when that is."""
+        found = _named(command)
+        if found is None:
+            return False
+        stream, request, session_id = found
+        if session_id in self._core.sessions.row_by_id:
+            return False
+        self._waiting[stream, request] = False
+        if isinstance(command, _READERS):
+            operation: Claim | Load = Load(session_id)
+        else:
+            operation = Claim(session_id, None, ClaimMode.ATTACH)
+
+        def done(outcomes: Sequence[Outcome]) -> None:
+            cancelled = self._waiting.pop((stream, request))
+            if cancelled:
+                self._core.refuse(stream, [request], [_CANCELLED])
+            elif session_id in self._core.sessions.row_by_id:
+                self._handle(command)
+            elif isinstance(outcome := outcomes[0], Loaded):
+                self._take_loaded(command, stream, request, session_id, outcome)
+            else:
+                assert isinstance(outcome, Claimed)
+                self._take_claimed(command, stream, request, session_id, outcome)
+
+        def failed(refusal: Refusal) -> None:
+            del self._waiting[stream, request]
+            local = self._core.sessions.resolve_id(session_id)
+            # A session that is not durable is known here alone, so what is known here of its end is true.
+            known = isinstance(local, Refusal) and local.reason != ErrorReason.ERROR_REASON_SESSION_NOT_FOUND
+            self._core.refuse(stream, [request], [local if known and isinstance(local, Refusal) else refusal])
+
+        self._keeping.ask([operation], done, failed)
+        return True
+
+    def cancel(self, stream: int, requests: set[int] | None) -> None:
+        """The callers of some requests, or all of a stream, want them no more."""
+        for key in self._waiting:
+            if key[0] == stream and (requests is None or key[1] in requests):
+                self._waiting[key] = True
+
+    def _take_claimed(self, command: Command, stream: int, request: int, session_id: str, claimed: Claimed) -> None:
+        core = self._core
+        if claimed.row is not None and claimed.result in (ClaimResult.TAKEN, ClaimResult.KEPT):
+            row: int | Refusal = session_limit(core)
+            if core.sessions.num_free:
+                row = adopt(core, claimed.row, claimed.epoch)
+            if not isinstance(row, Refusal):
+                self._handle(command)
+            elif isinstance(command, messages.CloseSessions) and row.reason in _UNREADABLE:
+                self._lifecycle.close_stored(command, request, claimed.row)
+            else:
+                core.refuse(stream, [request], [row])
+            return
+        self._refuse_missing(command, stream, request, session_id, claimed.ended)
+
+    def _take_loaded(self, command: Command, stream: int, request: int, session_id: str, loaded: Loaded) -> None:
+        core, row = self._core, loaded.row
+        if row is None:
+            self._refuse_missing(command, stream, request, session_id, loaded.ended)
+            return
+        read = read_stored(core, row)
+        if isinstance(read, Refusal):
+            core.refuse(stream, [request], [read])
+        else:
+            assert isinstance(command, _READERS)
+            self._lifecycle.answer_from_store(command, request, row, loaded.epoch, read)
+
+    def _refuse_missing(
+        self, command: Command, stream: int, request: int, session_id: str, ended: Ended | None
+    ) -> None:
+        core = self._core
+        refusal = core.sessions.resolve_id(session_id) if ended is None else ended_refusal(session_id, ended)
+        assert isinstance(refusal, Refusal)
+        if isinstance(command, messages.CloseSessions) and ended is not None:
+            asked = command.target.request_id
+            if asked and asked == ended.request_id:
+                core.events.append(done_event(stream, request, 0, 0, ended.position))
+                return
+        core.refuse(stream, [request], [refusal])
+
+
+def _named(command: Any) -> tuple[int, int, str] | None:
+    """Stream, request and session id of a command that names one session by its id."""
+    if isinstance(command, messages.SubmitGenerate):
+        return command.stream, command.request, command.session_id
+    target: SessionTarget | messages.SubmitRuns | None = getattr(command, "target", None)
+    if isinstance(command, messages.SubmitRuns):
+        target = command
+    if target is None or target.session_ids is None:
+        return None
+    # Only unary calls name sessions by ids, one each.
+    return target.stream, int(target.requests[0]), target.session_ids[0]
