@@ -22,9 +22,11 @@ COPY model model
 RUN /venv/bin/pip install ${PIP_ARGS} --constraint constraints.txt ".[server]"
 
 FROM ${PYTHON_IMAGE}
-RUN useradd --uid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin cellserve
+# A named volume takes its owner from the folder that it is mounted on: so the user below can write a store there.
+RUN useradd --uid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin cellserve \
+    && install --directory --owner=cellserve --group=cellserve --mode=0700 /data
 COPY --from=build /venv /venv
-# Nothing is written but under /tmp, so the root file system can be read-only.
+# Nothing is written but under /tmp, and under /data with a store there: the root file system can be read-only.
 ENV PATH=/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

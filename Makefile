@@ -11,7 +11,7 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos format check test test-gpu test-container demo serve train bench image system-deps
+.PHONY: help install protos format check test test-gpu test-container chaos demo serve train bench image system-deps
 
 help:
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ test-gpu:  ## run the tests that need a CUDA device, with PYTHON's own packages
 test-container: install  ## build the image and run it in a container engine of the tests' own (root, some minutes)
 	CELLSERVE_TEST_CONTAINER=true $(BIN)/python -m pytest -m container $(ARGS)
 
+chaos: install  ## kill servers and break connections at full length (some minutes)
+	CELLSERVE_TEST_CHAOS=long $(BIN)/python -m pytest tests/chaos $(ARGS)
+
 demo: $(INSTALLED)  ## follow 64 source files at once with the bundled model
 	$(BIN)/python -m demo $(ARGS)
 
@@ -91,5 +94,5 @@ bench: $(INSTALLED)  ## measure throughput and latency beside their limits
 image:  ## build the container image cellserve (ENGINE=podman, PIP_ARGS='--extra-index-url ...')
 	$(ENGINE) build --build-arg PIP_ARGS="$(PIP_ARGS)" --tag cellserve .
 
-system-deps:  ## install the programs that some tests use: Redis, Prometheus, Node, buf, a container engine
+system-deps:  ## install the programs that some tests use: Redis, HAProxy, Prometheus, Node, buf, a container engine
 	.ci/system-deps

@@ -98,6 +98,11 @@ def test_the_server_is_not_root_and_cannot_write_to_its_root_file_system(compose
     assert "Read-only file system" in composed.compose("exec", "--no-TTY", "server", "sh", "-c", script)
 
 
+def test_the_server_keeps_its_sessions_in_the_volume(composed: PrivateDocker) -> None:
+    files = composed.compose("exec", "--no-TTY", "server", "stat", "--format=%n %u", "/data/sessions.db")
+    assert files.strip() == "/data/sessions.db 10001"
+
+
 def test_a_client_outside_the_container_steps_a_session(composed: PrivateDocker) -> None:
     assert composed.inside(sys.executable, "-c", STEP, "127.0.0.1:50051").strip() == "11"
 

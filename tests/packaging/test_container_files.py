@@ -10,6 +10,11 @@ from tests.support.programs import ROOT, run_program
 
 Service = dict[str, Any]
 
+SERVERS = {"server", "server-gpu", "server-a", "server-b"}
+# Nobody outside the compose network needs these.
+NOT_PUBLISHED = {"server-a", "server-b", "redis"}
+PROXIES = {"fleet": "envoy", "fleet-haproxy": "haproxy"}
+
 
 def compose_services(*profiles: str) -> dict[str, Service]:
     """The services as Docker Compose understands the file, which needs no engine."""
@@ -21,7 +26,7 @@ def compose_services(*profiles: str) -> dict[str, Service]:
 
 @pytest.fixture(scope="module")
 def services() -> dict[str, Service]:
-    return compose_services("gpu")
+    return compose_services("gpu", *PROXIES)
 
 
 def test_hadolint_has_nothing_to_say_about_the_dockerfile() -> None:
@@ -38,14 +43,43 @@ def test_compose_starts_a_server_prometheus_and_grafana() -> None:
 
 
 def test_the_gpu_profile_adds_a_server_that_reserves_a_device(services: dict[str, Service]) -> None:
-    assert set(services) == {"server", "server-gpu", "prometheus", "grafana"}
+    assert set(compose_services("gpu")) == {"server", "server-gpu", "prometheus", "grafana"}
     (device,) = services["server-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
     assert services["server-gpu"]["environment"]["CELLSERVE_DEVICE"] == "cuda"
     assert "deploy" not in services["server"]
 
 
-@pytest.mark.parametrize("name", ["server", "server-gpu", "prometheus", "grafana"])
+@pytest.mark.parametrize("profile", PROXIES)
+def test_a_fleet_is_two_replicas_with_one_redis_behind_a_proxy(profile: str) -> None:
+    services = compose_services(profile)
+    assert set(services) == {"server", "server-a", "server-b", "redis", PROXIES[profile], "prometheus", "grafana"}
+    for name in ("server-a", "server-b"):
+        assert services[name]["environment"]["CELLSERVE_STORE"] == "redis://redis:6379/0"
+        assert services[name]["depends_on"]["redis"]["condition"] == "service_healthy"
+    assert set(services[PROXIES[profile]]["depends_on"]) == {"server-a", "server-b"}
+    assert [port["target"] for port in services[PROXIES[profile]]["ports"]] == [50050]
+
+
+def test_redis_keeps_what_it_was_given(services: dict[str, Service]) -> None:
+    assert " ".join(services["redis"]["command"]).endswith("--appendonly yes --appendfsync everysec")
+    (volume,) = services["redis"]["volumes"]
+    assert (volume["type"], volume["target"]) == ("volume", "/data")
+
+
+@pytest.mark.parametrize("name", ["server", "server-gpu"])
+def test_the_sessions_of_a_lone_server_outlive_its_container(services: dict[str, Service], name: str) -> None:
+    assert services[name]["environment"]["CELLSERVE_STORE"] == "sqlite:////data/sessions.db"
+    (volume,) = services[name]["volumes"]
+    assert (volume["type"], volume["target"]) == ("volume", "/data")
+
+
+def test_no_two_servers_share_a_volume(services: dict[str, Service]) -> None:
+    sources = [volume["source"] for name in SERVERS for volume in services[name].get("volumes", [])]
+    assert len(sources) == len(set(sources))
+
+
+@pytest.mark.parametrize("name", [*sorted(SERVERS), *PROXIES.values(), "redis", "prometheus", "grafana"])
 def test_no_container_can_write_to_its_root_gain_rights_or_be_reached_from_outside(
     services: dict[str, Service], name: str
 ) -> None:
@@ -53,11 +87,12 @@ def test_no_container_can_write_to_its_root_gain_rights_or_be_reached_from_outsi
     assert service["read_only"]
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
-    assert service["ports"]
-    assert all(port["host_ip"] == "127.0.0.1" for port in service["ports"])
+    ports = service.get("ports", [])
+    assert bool(ports) == (name not in NOT_PUBLISHED)
+    assert all(port["host_ip"] == "127.0.0.1" for port in ports)
 
 
-@pytest.mark.parametrize("name", ["server", "server-gpu"])
+@pytest.mark.parametrize("name", sorted(SERVERS))
 def test_a_server_has_longer_to_stop_than_to_drain(services: dict[str, Service], name: str) -> None:
     drain = int(services[name]["environment"]["CELLSERVE_DRAIN_TIMEOUT_SECONDS"])
     assert int(services[name]["stop_grace_period"].removesuffix("s")) > drain

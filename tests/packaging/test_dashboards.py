@@ -89,3 +89,10 @@ def test_grafana_reads_the_dashboards_and_the_prometheus_that_compose_starts() -
     assert "prometheus" in services
     mounted = {volume.split(":")[1] for volume in services["grafana"]["volumes"]}
     assert provider["options"]["path"] in mounted
+
+
+def test_the_alerts_fire_when_they_should_and_ask_only_for_metrics_that_the_server_exports(published: set[str]) -> None:
+    run_program("promtool", "test", "rules", ROOT / "tests" / "packaging" / "alerts_test.yml")
+    asked = metrics_in((ROOT / "deploy" / "prometheus" / "alerts.yml").read_text())
+    assert asked
+    assert asked - published == set()
