@@ -86,13 +86,16 @@ def long_runs(sessions: Sequence[AsyncSession], tokens: npt.NDArray[np.int64]) -
     return run
 
 
-async def timed(loop: Loop, sessions: Sequence[AsyncSession], num_steps: int, server_pid: int) -> Sample:
-    """Time a loop, and count the processor time of both processes."""
+async def timed(
+    loop: Loop, sessions: Sequence[AsyncSession], num_steps: int, server_pid: int, *, settle_seconds: float = 0.0
+) -> Sample:
+    """Time a loop, and count the processor time of both processes, also in the settle_seconds behind it."""
     position = sum(session.position for session in sessions)
     client_cpu, server_cpu = time.process_time(), _cpu_seconds(server_pid)
     begin = time.perf_counter()
     latencies = await loop(num_steps)
     seconds = time.perf_counter() - begin
+    await asyncio.sleep(settle_seconds)
     num_tokens = sum(session.position for session in sessions) - position
     p50, p99 = np.quantile(latencies, [0.5, 0.99])
     return Sample(

@@ -5,6 +5,7 @@ Symbols: B batch, T time, H hidden, V vocabulary, E embedding.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cellserve_model import ModelConfig, Network, TokenInput
+from cellserve_model import ModelConfig, Network, Stepper, TokenInput, Want, load_stepper
 
 __all__ = ["VOCAB_SIZE", "most_likely_tokens", "tokens_per_second", "write_models"]
 
@@ -59,6 +60,37 @@ def tokens_per_second(
                 logits.argmax(1)
             num_steps += 1
         return num_steps * batch_size / (time.perf_counter() - begin)
+
+
+def stepper_microseconds(
+    directory: Path, *, hidden_size: int, batch_size: int, deterministic: bool, seconds: float
+) -> float:
+    """Processor time of our own stepper per token, with one thread and the next tokens asked for."""
+    stepper = _load(directory, hidden_size, deterministic)
+    rows = min(batch_size, stepper.max_batch)
+    slots, counts = np.arange(1, rows + 1), np.ones(rows, np.int64)
+    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (64, rows)).astype(np.uint32)
+    wants = np.full(rows, Want.NEXT_TOKEN, np.uint8)
+    num_steps, begin = 0, time.process_time()
+    while time.process_time() - begin < seconds:
+        stepper.collect(stepper.submit(slots, counts, tokens[num_steps % len(tokens)], wants, 0))
+        num_steps += 1
+    return 1e6 * (time.process_time() - begin) / (num_steps * rows)
+
+
+@functools.cache
+def _load(directory: Path, hidden_size: int, deterministic: bool) -> Stepper:
+    stepper = load_stepper(
+        directory / f"gru{hidden_size}" / "1",
+        name="gru",
+        version=1,
+        device="cpu",
+        num_slots=512,
+        deterministic=deterministic,
+        num_threads=1,
+    )
+    stepper.warm_up()
+    return stepper
 
 
 def most_likely_tokens(

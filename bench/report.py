@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from rich.console import Console
@@ -94,10 +94,18 @@ def print_comparisons(console: Console, comparisons: Sequence[Comparison]) -> No
     )
 
 
-def write_json(path: Path, comparisons: Sequence[Comparison]) -> None:
+class Rated(Protocol):
+    """A dataclass with a ratio."""
+
+    @property
+    def ratio(self) -> float: ...
+
+
+def write_json(path: Path, comparisons: Sequence[Comparison], costs: Sequence[Rated] = ()) -> None:
     document = {
         "machine": machine(),
         "comparisons": [asdict(comparison) | {"ratio": comparison.ratio} for comparison in comparisons],
+        "costs": [asdict(cost) | {"ratio": cost.ratio} for cost in costs],  # type: ignore[call-overload]
     }
     path.write_text(json.dumps(document, indent=2) + "\n")
 
