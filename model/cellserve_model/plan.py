@@ -75,7 +75,7 @@ class TickPlan:
 def plan_tick(counts: Indices, wants: NDArray[np.uint8]) -> TickPlan:
     """Plan a tick. counts: (B,) int64, tokens of each row, at least 1. wants: (N,) uint8, bits of Want."""
     num_rows, num_tokens = len(counts), len(wants)
-    if num_rows == num_tokens and (wants == wants[0]).all() and (counts == 1).all():
+    if num_rows == num_tokens and np.count_nonzero((wants == wants[0]) & (counts == 1)) == num_rows:
         return _plan_uniform_step(num_rows, int(wants[0]))
     ends = np.cumsum(counts)
     if len(counts) == 0 or ends[-1] != num_tokens or counts.min() < 1:
