@@ -95,7 +95,8 @@ async def test_step_many_goes_on_over_crashes(replica: Replica, client: AsyncCli
 
 
 async def test_a_generate_goes_on_over_a_crash_with_the_same_tokens(replica: Replica, client: AsyncClient) -> None:
-    settings: dict[str, Any] = {"max_tokens": 4000, "seed": 5, "temperature": 1.5, "logprobs": True}
+    # As much as a server holds of a generate, 64 slices of 16 tokens: it may be so far ahead of its reader.
+    settings: dict[str, Any] = {"max_tokens": 1000, "seed": 5, "temperature": 1.5, "logprobs": True}
     session = await client.open_session(MODEL, durability="periodic")
     await session.step([1, 2, 3])
     async with await session.fork() as fork:
@@ -105,7 +106,7 @@ async def test_a_generate_goes_on_over_a_crash_with_the_same_tokens(replica: Rep
     tokens = []
     async for token in generation:
         tokens.append(token)
-        if len(tokens) in (1000, 2500):
+        if len(tokens) in (300, 700):
             await crash(replica)
     assert tokens == expected
     np.testing.assert_allclose(generation.logprobs, undisturbed.logprobs, atol=1e-5)
