@@ -27,7 +27,8 @@ def adopt(core: Core, stored: Row, epoch: int) -> int | Refusal:
     sessions = core.sessions
     row = int(sessions.create([stored.session_id], served.index, NO_STREAM, core.now)[0])
     sessions.position[row] = sessions.accepted[row] = sessions.durable_position[row] = read.position
-    sessions.epoch[row] = epoch
+    # A line of its own: what another server writes that does not yet know is older, and does not count.
+    sessions.epoch[row] = sessions.line[row] = epoch
     sessions.holder[row] = stored.holder
     sessions.durability[row] = read.durability
     sessions.created_at[row] = read.created_at - core.wall_offset
@@ -65,9 +66,9 @@ def read_stored(core: Core, stored: Row) -> StoredSession | Refusal:
     return read
 
 
-def first_answer(stored: Row, request_id: str) -> LastRequest | None:
+def first_answer(stored: Row | None, request_id: str) -> LastRequest | None:
     """What the call of a request id was answered, if it is what made or last changed a stored session."""
-    if not request_id or stored.request_id != request_id:
+    if stored is None or not request_id or stored.request_id != request_id:
         return None
     try:
         return decode_session(stored.session_id, stored.request_id, stored.blob).last_request

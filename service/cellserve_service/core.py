@@ -83,6 +83,8 @@ class Core:
     joined: dict[tuple[int, int], list[JoinedRequest]] = field(default_factory=dict)
     # By session row.
     generations: dict[int, Generation] = field(default_factory=dict)
+    # By id of a durable session that is closed and still finishes what it had accepted: what waits for its end.
+    closing: dict[str, list[Callable[[], None]]] = field(default_factory=dict)
     # None: there is no state store.
     keeping: Keeping | None = None
 
@@ -104,6 +106,13 @@ class Core:
             self.events.append(event)
         else:
             self.keeping.withhold(event, [row], [position])
+
+    def refuse_in_turn(self, row: int, stream: int, request: int, refusal: Refusal) -> None:
+        """Refuse a request of which parts were answered before: behind those, if they still wait to be durable."""
+        if self.keeping is None:
+            self.refuse(stream, [request], [refusal])
+        else:
+            self.keeping.refuse_in_turn(row, stream, request, refusal)
 
     def go_on(self, served: ServedModel, rows: IntArray) -> None:
         """Queue sessions whose first unfinished run can be taken by a tick; do the operations that are due."""
@@ -155,6 +164,12 @@ class Core:
         served.runs.append(np.array([row], np.int64), runs)
         if sessions.is_in_store[row]:
             self.go_on_with(row)
+
+    def awaits_replacement(self, row: int) -> bool:
+        """Whether something waits in the session's chain to give it another state."""
+        served = self.model_of(row)
+        operations = (self.operations.get((served.index, run)) for run in served.runs.unfinished(row))
+        return any(operation is not None and operation.position is not None for operation in operations)
 
     def refuse_operations(self, row: int, refusal: Refusal) -> None:
         """Take the operations that wait in a session's chain, and can be refused, out of it."""
@@ -243,9 +258,10 @@ class Core:
         runs = served.runs
         if runs.kind[run] == Kind.GENERATE:
             self.end_generation(row)
-        else:
-            assert runs.status[run] == Status.WAITING
-            self._count_pending(row, -int(runs.count[run]))
+            self.refuse_in_turn(row, int(runs.stream[run]), int(runs.request[run]), refusal)
+            return
+        assert runs.status[run] == Status.WAITING
+        self._count_pending(row, -int(runs.count[run]))
         self.refuse(int(runs.stream[run]), [int(runs.request[run])], [refusal])
         for joined in self.joined.pop((served.index, run), ()):
             self.refuse(joined.stream, [joined.request], [refusal])

@@ -106,6 +106,8 @@ class Engine:
                 core.streams.add(command.stream)
                 self._tell_draining([command.stream])
             case messages.EndStream():
+                if self._recalling is not None:
+                    self._recalling.cancel(command.stream, None)
                 end_stream(core, command.stream)
             case messages.SetStreamPaused():
                 set_paused(core, command.stream, paused=command.paused)

@@ -76,7 +76,7 @@ def _cannot_follow(core: Core, command: SubmitGenerate, row: int, current: Gener
     if command.position is None or command.position > accepted or current.digest != digest:
         return Refusal(ErrorReason.ERROR_REASON_SESSION_BUSY, "a generate is under way on the session")
     if core.is_draining:
-        return _draining()
+        return no_more_runs()
     if command.position < accepted:
         held = _held_tokens(core, row, command, command.position, digest)
         return held if isinstance(held, Refusal) else None
@@ -118,14 +118,14 @@ def _admit(core: Core, command: SubmitGenerate, row: int, digest: int) -> Refusa
     return refusal
 
 
-def _draining() -> Refusal:
+def no_more_runs() -> Refusal:
     return Refusal(ErrorReason.ERROR_REASON_DRAINING, "the server is draining and takes no more runs")
 
 
 def _cannot_run(core: Core, row: int) -> Refusal | None:
     """Why no more tokens are sampled for the session, if none are."""
     if core.is_draining:
-        return _draining()
+        return no_more_runs()
     is_sync = core.sessions.durability[row] == Durability.SYNC
     return core.keeping.unavailable() if core.keeping is not None and is_sync else None
 
@@ -237,7 +237,7 @@ def _take_slice(core: Core, served: ServedModel, row: int, tokens: TokenArray, l
         _tell(core, row, command, tokens, logprobs, position, finished, stopped)
     if finished or generation.broken_off is not None:
         if generation.broken_off is not None and (generation.is_lost or not finished):
-            core.refuse(command.stream, [command.request], [generation.broken_off])
+            core.refuse_in_turn(row, command.stream, command.request, generation.broken_off)
         served.runs.remove_first(row)
         core.end_generation(row)
         if generation.successor is not None:

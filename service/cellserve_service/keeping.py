@@ -4,8 +4,8 @@ It only says what is to be done, in `requests`; keeper.py does it and brings the
 for each other.
 """
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ from cellserve.v1.errors_pb2 import ErrorReason
 from cellserve_service.core import Core
 from cellserve_service.core import Operation as ChainOperation
 from cellserve_service.errors import Refusal
-from cellserve_service.messages import Answers, Done, DurablePositions, Generated
+from cellserve_service.messages import Answers, Done, DurablePositions, Failures, Generated
 from cellserve_service.runs import Kind, Status
 from cellserve_service.served import ServedModel
 from cellserve_service.sessions import NO_RUN, NO_SLOT, NO_STREAM, Durability, Stage
@@ -55,7 +55,7 @@ StoreRequest = WriteSessions | AskStore
 class _Withheld:
     """An event that leaves when the states of all its sessions are durable, or lost."""
 
-    event: Answers | Generated
+    event: Answers | Generated | Done | Failures
     rows: list[int]  # of the session table, one for each row of the event
     missing: int
     lost: set[int] = field(default_factory=set)
@@ -70,7 +70,9 @@ class Keeping:
         self.num_fenced = 0
         self.num_writing = 0  # requests that are under way and change something
         self._core = core
-        # By session row: what waits for a position of the session to be durable.
+        # By id: claims of the session that are under way. It is not left to the store meanwhile.
+        self._claims: Counter[str] = Counter()
+        # By session row: what waits for a line and position of the session to be durable.
         self._withheld: dict[int, deque[tuple[tuple[float, float], _Withheld]]] = {}
         self._changed_at: dict[int, float] = {}  # by number of the write under way: the oldest change in it
         self._num_writes = 0
@@ -80,9 +82,10 @@ class Keeping:
     def advanced(self, served: ServedModel, rows: IntArray, at_boundary: IntArray) -> None:
         """Sessions were in a tick; some of them stand at a run boundary now. Both are rows of one model."""
         sessions = self._core.sessions
-        durable = rows[sessions.durability[rows] != Durability.NONE]
+        durable = rows[self._is_kept(rows)]
         if not len(durable):
             return
+        at_boundary = at_boundary[self._is_kept(at_boundary)]
         fresh = durable[~sessions.is_dirty[durable]]
         if len(fresh):
             sessions.is_dirty[fresh] = True
@@ -100,9 +103,21 @@ class Keeping:
     def changed(self, row: int) -> None:
         """A session is not as it is stored; the next checkpoint writes it."""
         sessions = self._core.sessions
-        if sessions.durability[row] != Durability.NONE and not sessions.is_dirty[row]:
+        if self._is_kept(row) and not sessions.is_dirty[row]:
             sessions.is_dirty[row] = True
             sessions.dirty_since[row] = self._core.now
+
+    def _is_kept(self, rows: IntArray | int) -> NDArray[np.bool_]:
+        """Which sessions are to be written."""
+        sessions = self._core.sessions
+        kept: NDArray[np.bool_] = (sessions.durability[rows] != Durability.NONE) & ~sessions.is_leaving[rows]
+        return kept
+
+    def is_stored(self, rows: IntArray | int) -> NDArray[np.bool_]:
+        """Which sessions the store has as they are."""
+        sessions = self._core.sessions
+        stored: NDArray[np.bool_] = self._is_kept(rows) & ~sessions.is_dirty[rows] & (sessions.num_writes[rows] == 0)
+        return stored
 
     def begin_checkpoint(self) -> None:
         """Every session that has changed is due to be written."""
@@ -140,9 +155,9 @@ class Keeping:
         rows: IntArray,
         *,
         with_marks: bool = False,
-        then: Callable[[Written], None] | None = None,
+        then: Callable[[bool], None] | None = None,
     ) -> None:
-        """Write sessions of one model that stand at a run boundary. then: gets the outcome, of one session."""
+        """Write sessions of one model that stand at a run boundary. then: gets whether it is stored, of one session."""
         core, sessions = self._core, self._core.sessions
         snapshot = take_snapshot(core, served, rows, with_marks=with_marks)
         changed_at = np.where(sessions.is_dirty[rows], sessions.dirty_since[rows], core.now)
@@ -158,9 +173,9 @@ class Keeping:
             del self._changed_at[number]
             current = rows[sessions.incarnation[rows] == snapshot.incarnations]
             sessions.num_writes[current] -= 1
-            advanced = self._written(snapshot, outcomes)
+            is_stored, *advanced = self._written(snapshot, outcomes)
             if then is not None:
-                then(outcomes[0])
+                then(bool(is_stored[0]))
             self._tell(*advanced)  # after that, which may have told a handle
             again = self._writable(served, current)
             if len(again):
@@ -174,14 +189,28 @@ class Keeping:
         if core.sessions.durability[row] == Durability.NONE:
             core.events.append(event)
             return
+        if core.sessions.is_leaving[row]:
+            self.withhold(event, [row], [np.inf])
+            return
 
-        def then(outcome: Written) -> None:
-            if outcome is Written.FENCED:
-                core.refuse(event.stream, event.requests, [MOVED] * len(event.requests))
-            else:
+        def then(is_stored: bool) -> None:
+            if is_stored:
                 core.events.append(event)
+            else:
+                core.refuse(event.stream, event.requests, [MOVED] * len(event.requests))
 
         self.write(served, np.array([row], np.int64), with_marks=with_marks, then=then)
+
+    def refuse_if_ours(self, row: int, stream: int, request: int, refusal: Refusal) -> None:
+        """Refuse what a durable session lacks once the store has confirmed that it is this server's."""
+
+        def then(is_stored: bool) -> None:
+            self._core.refuse(stream, [request], [refusal if is_stored else MOVED])
+
+        if self._is_kept(row):
+            self.write(self._core.model_of(row), np.array([row], np.int64), then=then)
+        else:
+            then(True)
 
     def ask(
         self,
@@ -204,6 +233,17 @@ class Keeping:
         else:
             self.requests.append(AskStore(operations, done, failed))
 
+    def begin_claims(self, session_ids: Iterable[str]) -> None:
+        """The store is asked for sessions."""
+        self._claims.update(session_ids)
+
+    def end_claims(self, session_ids: Iterable[str]) -> None:
+        """What came of it has been taken."""
+        for session_id in session_ids:
+            self._claims[session_id] -= 1
+            if not self._claims[session_id]:
+                del self._claims[session_id]
+
     def unavailable(self) -> Refusal | None:
         """Why nothing can be written through now, if the store does not answer."""
         if not self.trouble:
@@ -221,12 +261,24 @@ class Keeping:
 
     # What waits for it.
 
-    def withhold(self, event: Answers | Generated, rows: Sequence[int], positions: Sequence[int]) -> None:
-        """Give an event out when the sessions' states are durable up to the positions: one for each of its rows."""
+    def withhold(
+        self, event: Answers | Generated | Done | Failures, rows: Sequence[int], positions: Sequence[float]
+    ) -> None:
+        """Give an event out when the sessions' states are durable up to the positions: one for each of its rows.
+
+        position: -inf for what follows the events before it, inf for what waits until the session's end is stored.
+        """
         withheld = _Withheld(event, list(rows), len(rows))
         lines = self._core.sessions.line
         for row, position in zip(rows, positions, strict=True):
             self._withheld.setdefault(row, deque()).append(((int(lines[row]), position), withheld))
+
+    def refuse_in_turn(self, row: int, stream: int, request: int, refusal: Refusal) -> None:
+        """Refuse a request of a session behind what waits to be durable."""
+        if row in self._withheld:
+            self.withhold(Failures(stream, np.array([request], np.uint64), (refusal,)), [row], [-np.inf])
+        else:
+            self._core.refuse(stream, [request], [refusal])
 
     def is_durable(self, row: int, position: int) -> bool:
         """Whether an answer up to a position of the session may leave."""
@@ -243,13 +295,31 @@ class Keeping:
         if waiting is not None and not waiting:
             del self._withheld[row]
 
+    def end(self, row: int) -> Callable[[bool], None]:
+        """The session leaves its row. Returns what must be told whether its end is stored: then what waits for it goes
+        out, or is refused.
+        """
+        waiting = [withheld for _, withheld in self._withheld.pop(row, ())]
+
+        def told(is_stored: bool) -> None:
+            for withheld in waiting:
+                if not is_stored:
+                    withheld.lost.add(row)
+                self._settle(withheld)
+
+        return told
+
     def _settle(self, withheld: _Withheld) -> None:
         withheld.missing -= 1
         if withheld.missing:
             return
         core, event = self._core, withheld.event
-        if not withheld.lost:
+        if isinstance(event, Failures):
+            core.refuse(event.stream, event.requests, event.refusals)
+        elif not withheld.lost:
             core.events.append(event)
+        elif isinstance(event, Done):
+            core.refuse(event.stream, event.requests, [MOVED] * len(event.requests))
         elif isinstance(event, Answers):
             for place, row in enumerate(withheld.rows):
                 if row not in withheld.lost:
@@ -259,12 +329,18 @@ class Keeping:
         elif event.finished:
             core.refuse(event.stream, [event.request], [MOVED])
 
-    def _written(self, snapshot: Snapshot, outcomes: Sequence[Written]) -> tuple[IntArray, IntArray]:
-        """Sessions have been written, or not; returns those that are durable further than before, and how far."""
+    def _written(self, snapshot: Snapshot, outcomes: Sequence[Written]) -> tuple[NDArray[np.bool_], IntArray, IntArray]:
+        """Sessions have been written, or not. Returns which of them are stored as they were, or newer; then those that
+        are durable further than before, and how far.
+        """
         sessions = self._core.sessions
         current = sessions.incarnation[snapshot.rows] == snapshot.incarnations
         fenced = np.array([outcome is Written.FENCED for outcome in outcomes], np.bool_)
-        kept = current & ~fenced
+        older = np.array([outcome is Written.OLDER for outcome in outcomes], np.bool_)
+        # Older, with nothing newer on its way, is stale: another server had the session and wrote it, before a claim
+        # made it this one's again. Otherwise it was a batch done twice.
+        stale = fenced | (older & (sessions.num_writes[snapshot.rows] == 0))
+        kept = current & ~fenced & ~older
         rows, lines, positions = snapshot.rows[kept], snapshot.lines[kept], snapshot.positions[kept]
         if self._withheld:
             for row, line, position in zip(rows.tolist(), lines.tolist(), positions.tolist(), strict=True):
@@ -272,15 +348,19 @@ class Keeping:
         advances = (lines == sessions.line[rows]) & (positions != sessions.durable_position[rows])
         rows, positions = rows[advances], positions[advances]
         sessions.durable_position[rows] = positions
-        for row in snapshot.rows[current & fenced].tolist():
+        for row in snapshot.rows[current & stale].tolist():
             if sessions.ids[row] is not None:
                 self.lose(row, MOVED)
         self.num_fenced += int(fenced.sum())
-        return rows, positions
+        return ~stale, rows, positions
 
     def _tell(self, rows: IntArray, positions: IntArray) -> None:
         """Tell the streams that hold sessions how far these are durable."""
         sessions = self._core.sessions
+        if self._core.operations:
+            # Who holds it now counts from what is to come.
+            told = np.array([not self._core.awaits_replacement(row) for row in rows.tolist()], np.bool_)
+            rows, positions = rows[told], positions[told]
         owners = sessions.owner[rows]
         for owner in np.unique(owners[owners != NO_STREAM]).tolist():
             mine = owners == owner
@@ -299,7 +379,7 @@ class Keeping:
         core.refuse_operations(row, refusal)
         core.withdraw(row, dict.fromkeys(core.waiting_runs(row), refusal))
         core.tell_owner(row, refusal.reason)
-        if int(sessions.owner[row]) != NO_STREAM:
+        if int(sessions.owner[row]) != NO_STREAM and refusal.reason == MOVED.reason:
             sessions.remember_moved(row)
         sessions.owner[row] = NO_STREAM
         for _, withheld in self._withheld.pop(row, ()):
@@ -339,30 +419,33 @@ class Keeping:
 
     def hand_over(self, row: int, event: Done) -> None:
         """Leave a session to the store, from where any server can take it; then answer."""
-        core, sessions = self._core, self._core.sessions
+        core = self._core
 
-        def then(outcome: Written) -> None:
-            if outcome is Written.FENCED:
+        def then(is_stored: bool) -> None:
+            if is_stored:
+                self.unload(row)
+                core.events.append(event)
+            else:
                 core.refuse(event.stream, event.requests, [MOVED] * len(event.requests))
-                return
-            self.unload(row)
-            core.events.append(event)
 
-        if sessions.is_dirty[row] or sessions.durable_position[row] != sessions.position[row]:
-            self.write(core.model_of(row), np.array([row], np.int64), then=then)
+        if core.sessions.is_leaving[row]:
+            self.withhold(event, [row], [np.inf])
+        elif self.is_stored(row):
+            then(True)
         else:
-            then(Written.WRITTEN)
+            self.write(core.model_of(row), np.array([row], np.int64), then=then)
 
     def unload(self, row: int) -> None:
         """Leave a session to the store, if it is stored as it is and nobody uses it."""
         sessions = self._core.sessions
+        session_id = sessions.ids[row]
         if (
-            sessions.ids[row] is not None
+            session_id is not None
+            and session_id not in self._claims
             and sessions.owner[row] == NO_STREAM
             and sessions.next_run[row] == NO_RUN
             and sessions.stage[row] == Stage.IDLE
-            and not sessions.is_dirty[row]
-            and sessions.durable_position[row] == sessions.position[row]
+            and self.is_stored(row)
         ):
             sessions.forget_id(row)
             self.leave(row)
@@ -390,7 +473,7 @@ class Keeping:
             assert isinstance(loaded, Loaded)
             sessions.stage[row] = Stage.IDLE
             stored = loaded.row
-            if stored is None or stored.position != sessions.position[row]:
+            if stored is None or stored.epoch > sessions.line[row] or stored.position != sessions.position[row]:
                 self.lose(row, MOVED)
                 return
             try:
@@ -412,13 +495,7 @@ class Keeping:
         if excess <= 0:
             return
         rows = np.fromiter(sessions.parked, np.int64, len(sessions.parked))
-        rows = rows[
-            (sessions.durability[rows] != Durability.NONE)
-            & ~sessions.is_dirty[rows]
-            & (sessions.durable_position[rows] == sessions.position[rows])
-            & (sessions.next_run[rows] == NO_RUN)
-            & (sessions.slot[rows] == NO_SLOT)
-        ]
+        rows = rows[self.is_stored(rows) & (sessions.next_run[rows] == NO_RUN) & (sessions.slot[rows] == NO_SLOT)]
         oldest = rows[sessions.last_used[rows].argsort(kind="stable")][:excess]
         for row in oldest.tolist():
             del sessions.parked[row]

@@ -107,9 +107,20 @@ class Lifecycle:
             if mark is None:
                 message = f"the session has no checkpoint {command.name!r}"
                 refusal = Refusal(ErrorReason.ERROR_REASON_CHECKPOINT_NOT_FOUND, message, field="name")
-                self._core.refuse(command.target.stream, [request], [refusal])
+                self._refuse_missing(command.target, request, row, refusal)
             else:
                 self._replace(command.target, request, row, mark[0], mark[1].copy())
+
+    def _refuse_missing(self, target: SessionTarget, request: int, row: int, refusal: Refusal) -> None:
+        """Refuse what the session lacks here. Another server may have taken it, and given it that, unnoticed so far."""
+        core, keeping = self._core, self._core.keeping
+        if keeping is None:
+            core.refuse(target.stream, [request], [refusal])
+            return
+        operation = Operation(
+            lambda: keeping.refuse_if_ours(row, target.stream, request, refusal), refuse=self._refuser(target, request)
+        )
+        core.when_idle(row, operation)
 
     def _replace(self, target: SessionTarget, request: int, row: int, position: int, state: FloatArray | None) -> None:
         """Give the session another state and a new epoch. Its handles are stale at once, whenever that happens."""
@@ -125,7 +136,9 @@ class Lifecycle:
             served.runs.forget(row)
             served.slots.replace_state(row, state)
             sessions.position[row] = position
-            sessions.line[row] += 1
+            # Not only the epoch: what ran before may have been written since that began.
+            sessions.line[row] = max(epoch, int(sessions.line[row]) + 1)
+            sessions.durable_position[row] = 0
             sessions.last_used[row] = core.now
             self._remember(target, row, epoch, position)
             self._stored(row, done_event(target.stream, request, handle, epoch, position))
@@ -160,6 +173,9 @@ class Lifecycle:
                 if keeping is None or sessions.durability[row] == Durability.NONE:
                     core.events.append(event)
                 else:
+                    # The next attach, wherever it is, gives a later epoch: this one is stored, too.
+                    sessions.line[row] = max(int(sessions.line[row]), epoch)
+                    keeping.changed(row)
                     keeping.hand_over(row, event)
 
             core.when_idle(row, Operation(execute, refuse=self._refuser(command.target, request)))
@@ -230,6 +246,9 @@ class Lifecycle:
             claimed = outcomes[0]
             assert isinstance(claimed, Claimed)
             if claimed.result is ClaimResult.CREATED:
+                if (twin := core.sessions.row_by_id.get(fork_id)) is not None:
+                    assert core.keeping is not None
+                    core.keeping.lose(twin, MOVED)  # it was opened here meanwhile, and is not durable
                 if core.sessions.num_free:
                     row = self._make_fork(command, request, served, fork_id, position, state, claimed.epoch)
                     core.sessions.durability[row] = durability
@@ -237,7 +256,7 @@ class Lifecycle:
                     core.sessions.last_request[row] = LastRequest(request_id, claimed.epoch, position)
                 else:  # it is stored, and comes when it is used
                     core.events.append(SessionForked(stream, request, fork_id, position, claimed.epoch))
-            elif claimed.row is not None and (first := first_answer(claimed.row, request_id)) is not None:
+            elif (first := first_answer(claimed.row, request_id)) is not None:
                 core.events.append(SessionForked(stream, request, fork_id, first.position, first.epoch))
             else:
                 refuse(_fork_exists(fork_id))
@@ -287,6 +306,8 @@ class Lifecycle:
                 core.tell_owner(row, _CLOSED)
                 sessions.owner[row] = NO_STREAM
             session_id = self._forget(row, _CLOSED)
+            if durable:
+                core.closing[session_id] = []
             core.wake(row)
 
             def execute(
@@ -294,11 +315,13 @@ class Lifecycle:
             ) -> None:
                 position = int(sessions.position[row])
                 event = done_event(target.stream, request, 0, int(sessions.epoch[row]), position)
-                self._free(row, _CLOSED)
-                if durable:
-                    self._end_stored(target, session_id, _CLOSED, position, event)
-                else:
+                told = self._free(row, _CLOSED)
+                if not durable:
                     core.events.append(event)
+                    return
+                self._end_stored(target, session_id, _CLOSED, position, event, told)
+                for go_on in core.closing.pop(session_id):
+                    go_on()
 
             if sessions.next_run[row] == NO_RUN:
                 sessions.is_in_store[row] = False  # the state of a session that ends need not be fetched
@@ -316,17 +339,21 @@ class Lifecycle:
         reason: ErrorReason.ValueType,
         position: int,
         event: Done | None,
+        told: Callable[[bool], None] | None = None,
     ) -> None:
-        """Let the store know that a session has ended; then answer."""
+        """Let the store know that a session has ended; then answer. told: gets whether it is stored."""
         core = self._core
         assert core.keeping is not None
         forget_at = core.now + core.wall_offset + core.limits.ended_session_memory_seconds
         request_id = "" if target is None else target.request_id
 
         def done(outcomes: Sequence[Outcome]) -> None:
+            has_ended = outcomes[0] is not Written.FENCED
+            if told is not None:
+                told(has_ended)
             if event is None:
                 return
-            if outcomes[0] is Written.FENCED:
+            if not has_ended:
                 core.refuse(event.stream, event.requests, [MOVED])
             else:
                 core.events.append(event)
@@ -334,14 +361,13 @@ class Lifecycle:
         core.keeping.ask([End(session_id, reason, request_id, position, forget_at)], done)
 
     def _forget(self, row: int, reason: ErrorReason.ValueType) -> str:
-        """A session ends here: its id names nothing any more, and what waits for it to be durable waits no longer."""
+        """A session ends here: its id names nothing any more, and it is not written any more."""
         core, sessions = self._core, self._core.sessions
-        if core.keeping is not None:
-            core.keeping.release(row)
-        sessions.durability[row] = Durability.NONE
+        sessions.is_leaving[row] = True
         sessions.is_dirty[row] = sessions.is_due[row] = False
         session_id = sessions.forget_id(row)
-        sessions.remember_ended(session_id, reason, core.now)
+        if sessions.durability[row] == Durability.NONE:  # of the others the store knows, wherever they live again
+            sessions.remember_ended(session_id, reason, core.now)
         return session_id
 
     def _trouble(self, row: int) -> Refusal | None:
@@ -357,19 +383,21 @@ class Lifecycle:
             durable, position = sessions.durability[row] != Durability.NONE, int(sessions.position[row])
             core.tell_owner(row, _EXPIRED)
             session_id = self._forget(row, _EXPIRED)
-            self._free(row, _EXPIRED)
+            told = self._free(row, _EXPIRED)
             if durable:
-                self._end_stored(None, session_id, _EXPIRED, position, None)
+                self._end_stored(None, session_id, _EXPIRED, position, None, told)
         sessions.forget_ended(core.now - core.limits.ended_session_memory_seconds)
 
-    def _free(self, row: int, reason: ErrorReason.ValueType) -> None:
-        """Free everything that an ended session still holds."""
+    def _free(self, row: int, reason: ErrorReason.ValueType) -> Callable[[bool], None] | None:
+        """Free everything that an ended session still holds. Returns what must be told whether its end is stored."""
         core, sessions, served = self._core, self._core.sessions, self._core.model_of(row)
+        told = None if core.keeping is None else core.keeping.end(row)
         served.runs.forget(row)
         served.slots.release(row)
         core.statistics.sessions_closed[reason_name(reason)] += 1
         core.statistics.session_lifetime.observe_one(core.now - float(sessions.created_at[row]))
         sessions.free(row)
+        return told
 
     def get(self, command: GetSession) -> None:
         for request, row in self._rows(command.target):
@@ -424,7 +452,7 @@ class Lifecycle:
         for request, row in self._rows(target):
             last = core.sessions.last_request.get(row)
             if changes and target.request_id and last is not None and last.request_id == target.request_id:
-                core.events.append(done_event(target.stream, request, 0, last.epoch, last.position))
+                self._answer_again(target, request, row, last)
             elif row in core.generations:
                 core.refuse(target.stream, [request], [_BUSY])
             elif changes and (trouble := self._trouble(row)) is not None:
@@ -433,6 +461,16 @@ class Lifecycle:
                 core.refuse(target.stream, [request], [_FULL])
             else:
                 yield request, row
+
+    def _answer_again(self, target: SessionTarget, request: int, row: int, last: LastRequest) -> None:
+        """Answer a repeat as the call itself was: not before what it changed is stored."""
+        core = self._core
+        event = done_event(target.stream, request, 0, last.epoch, last.position)
+        if core.keeping is None or not core.sessions.num_writes[row]:
+            core.events.append(event)
+        else:
+            refuse = self._refuser(target, request)
+            core.when_idle(row, Operation(lambda: self._stored(row, event), refuse=refuse))
 
     def _rows(self, target: SessionTarget) -> Iterator[tuple[int, int]]:
         """(request, row) of the sessions meant; the others are refused.

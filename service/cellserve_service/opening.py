@@ -83,11 +83,29 @@ class _Row:
     row: int
     created: bool
     claimed_epoch: int = 0  # by the store; 0: the session is not durable
+    adopted: bool = False  # it came from the store, in its new epoch
     handle: int = 0
     epoch: int = 0
     position: int = 0
     durable_position: int = 0
     durability: int = Durability.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """A session that an earlier call of the same request id has made, as that was answered."""
+
+    place: int
+    session_id: str
+    epoch: int
+    position: int
+    durability: int
+    created: bool = True
+    handle: int = 0
+
+    @property
+    def durable_position(self) -> int:
+        return self.position
 
 
 class Opening:
@@ -103,6 +121,10 @@ class Opening:
         ids = command.session_ids
         if ids is None:
             ids = [made_id(command.request_id, place) for place in range(len(command.requests))]
+        ending = next((session_id for session_id in ids if session_id in self._core.closing), None)
+        if ending is not None:
+            self._core.closing[ending].append(lambda: self.open(command))
+            return
         refusals = self._check(command, ids)
         if refusals:
             self._refuse(command, ids, refusals)
@@ -127,19 +149,18 @@ class Opening:
         opened = [_Row(place, ids[place], row_by_id[ids[place]], False) for place in places if ids[place] in row_by_id]
         self._finish(command, [*opened, *self._create(command, ids, new)])
 
-    def _finish(self, command: OpenSessions, opened: Sequence[_Row], told: Sequence[_Row] = ()) -> None:
-        """Answer once for all that were opened: at once, unless a tick of a generate must be waited for.
-
-        told: what the first of two equal calls has opened.
-        """
-        sessions, missing = self._core.sessions, len(opened)
+    def _finish(self, command: OpenSessions, opened: Sequence[_Row], told: Sequence[_Told] = ()) -> None:
+        """Answer once for all that were opened: at once, unless a tick of a generate must be waited for."""
+        core, sessions, missing = self._core, self._core.sessions, len(opened)
         if not missing:
             self._tell(command, told)
 
         def settle(row: _Row) -> None:
             nonlocal missing
             row.position = int(sessions.accepted[row.row])
-            row.durable_position = int(sessions.durable_position[row.row])
+            # Nothing of a state that is still to come is durable.
+            awaits = core.operations and core.awaits_replacement(row.row)
+            row.durable_position = 0 if awaits else int(sessions.durable_position[row.row])
             row.durability = int(sessions.durability[row.row])
             missing -= 1
             if not missing:
@@ -147,8 +168,8 @@ class Opening:
 
         for row in opened:
             self._take_over(command, row)
-            if row.row in self._core.generations:
-                self._core.when_idle(row.row, Operation(lambda row=row: settle(row)))  # type: ignore[misc]
+            if row.row in core.generations:
+                core.when_idle(row.row, Operation(lambda row=row: settle(row)))  # type: ignore[misc]
             else:
                 settle(row)
 
@@ -162,6 +183,11 @@ class Opening:
         if row is not None:
             return bool(core.sessions.durability[row] != Durability.NONE)
         return command.session_ids is not None or self._durability(command) != Durability.NONE
+
+    def _is_durable(self, session_id: str) -> bool:
+        """Whether it is a durable session that is here."""
+        row = self._core.sessions.row_by_id.get(session_id)
+        return row is not None and bool(self._core.sessions.durability[row] != Durability.NONE)
 
     def _durability(self, command: OpenSessions) -> int:
         """What sessions that the command creates get."""
@@ -177,25 +203,35 @@ class Opening:
         claims = [self._make_claim(command, ids[place], place, looks=looks) for place in places]
         num_new = sum(ids[place] not in core.sessions.row_by_id for place in places)
         self._num_coming += num_new
+        keeping.begin_claims(ids[place] for place in places)
+
+        def come() -> None:
+            self._num_coming -= num_new
+            keeping.end_claims(ids[place] for place in places)
 
         def done(outcomes: Sequence[Outcome]) -> None:
-            self._num_coming -= num_new
             claimed = outcomes[0] if command.all_or_none else outcomes
             assert isinstance(claimed, Sequence)
             one_each = [outcome for outcome in claimed if isinstance(outcome, Claimed)]
             exist = [one for one in one_each if one.result is ClaimResult.EXISTS]
-            if looks and exist and not all(_first_answer(command, one) for one in one_each):
+            if looks and exist and not all(first_answer(one.row, command.request_id) for one in one_each):
                 self._claim(command, ids, places, looked=True)
-                return
-            self._take_claimed(command, ids, places, one_each)
+            else:
+                self._take_claimed(command, ids, places, one_each)
+            come()
 
         def failed(refusal: Refusal) -> None:
-            self._num_coming -= num_new
-            if self._durability(command) == Durability.NONE and command.mode not in _EXISTING:
-                # A server without its store still serves sessions that need none.
-                self._take_claimed(command, ids, places, [Claimed(ClaimResult.MISSING)] * len(places))
-            else:
+            come()
+            if self._durability(command) != Durability.NONE or command.mode in _EXISTING:
                 self._refuse(command, ids, dict.fromkeys(places, refusal))
+                return
+            # A server without its store still serves sessions that need none.
+            refused = {place: refusal for place in places if self._is_durable(ids[place])}
+            if refused:
+                self._refuse(command, ids, refused)
+            if not refused or not command.all_or_none:
+                others = [place for place in places if place not in refused]
+                self._take_claimed(command, ids, others, [Claimed(ClaimResult.MISSING)] * len(others))
 
         keeping.ask([ClaimAll(claims)] if command.all_or_none else claims, done, failed)
 
@@ -239,26 +275,37 @@ class Opening:
     ) -> None:
         opened: list[_Row] = []
         refusals: dict[int, Refusal] = {}
-        told: list[_Row] = []  # what an earlier call of the same request id has opened
+        told: list[_Told] = []
+        again: list[int] = []  # sessions that have left this server since they were claimed for it
         for place, claimed in zip(places, outcomes, strict=True):
             if claimed.result is ClaimResult.UNDONE:
                 continue
-            found = self._take_one(command, ids[place], place, claimed)
-            if isinstance(found, Refusal):
-                refusals[place] = found
-            elif found.row < 0:
-                told.append(found)
-            else:
-                opened.append(found)
+            match self._take_one(command, ids[place], place, claimed):
+                case Refusal() as refusal:
+                    refusals[place] = refusal
+                case _Told() as one:
+                    told.append(one)
+                case _Row() as row:
+                    opened.append(row)
+                case None:
+                    again.append(place)
+        if command.all_or_none and (again or (told and len(told) + len(opened) < len(ids))):
+            refusals |= {place: _just_left(ids[place]) for place in again}
+            # Others of that call have ended since.
+            refusals |= {one.place: _exists(f"session {one.session_id!r} exists") for one in told}
         if refusals:
             self._refuse(command, ids, refusals)
             if command.all_or_none:
                 return
         if told or opened:
             self._finish(command, opened, told)
+        if again:
+            self._claim(command, ids, again)
 
-    def _take_one(self, command: OpenSessions, session_id: str, place: int, claimed: Claimed) -> "_Row | Refusal":
-        """One session as the store's answer makes it; _finish gives it to its stream."""
+    def _take_one(
+        self, command: OpenSessions, session_id: str, place: int, claimed: Claimed
+    ) -> _Row | _Told | Refusal | None:
+        """One session as the store's answer makes it; _finish gives it to its stream. None: claim it again."""
         core, sessions = self._core, self._core.sessions
         row = sessions.row_by_id.get(session_id)
         keeping = core.keeping
@@ -280,45 +327,33 @@ class Opening:
                 return created
             case ClaimResult.TAKEN | ClaimResult.KEPT:
                 if row is not None and claimed.result is ClaimResult.KEPT:
+                    resumes = command.mode == OpenMode.OPEN_MODE_RESUME
+                    if resumes and self._holder(command, place) != int(sessions.holder[row]):
+                        return _resumed_by_another(session_id)
                     return _Row(place, session_id, row, False, claimed.epoch)
                 if row is not None:
                     keeping.lose(row, MOVED)
                 if claimed.row is None:
-                    gone = sessions.resolve_id(session_id)
-                    assert isinstance(gone, Refusal)
-                    if gone.reason == ErrorReason.ERROR_REASON_SESSION_NOT_FOUND:
-                        message = f"session {session_id!r} was just given up here; try again"
-                        gone = Refusal(ErrorReason.ERROR_REASON_STORE_UNAVAILABLE, message)
-                    return gone
+                    return None
                 if not sessions.num_free:
                     return session_limit(core)
-                # As it was before the claim: to be opened raises it.
-                adopted = adopt(core, claimed.row, claimed.epoch - 1)
+                adopted = adopt(core, claimed.row, claimed.epoch)
                 if isinstance(adopted, Refusal):
                     return adopted
-                return _Row(place, session_id, adopted, False, claimed.epoch)
+                return _Row(place, session_id, adopted, False, claimed.epoch, adopted=True)
             case ClaimResult.EXISTS:
-                first, stored = _first_answer(command, claimed), claimed.row
+                first, stored = first_answer(claimed.row, command.request_id), claimed.row
                 if first is not None:
-                    durability = self._durability(command)
-                    at = first.position
-                    return _Row(
-                        *(place, session_id, -1, True),
-                        epoch=first.epoch,
-                        position=at,
-                        durable_position=at,
-                        durability=durability,
-                    )
+                    return _Told(place, session_id, first.epoch, first.position, self._durability(command))
                 whose = "" if stored is None or stored.model == command.model else f" with model {stored.model!r}"
-                message = f"session {session_id!r} exists{whose}"
-                return Refusal(ErrorReason.ERROR_REASON_SESSION_EXISTS, message, field="session_ids")
+                return _exists(f"session {session_id!r} exists{whose}")
             case ClaimResult.MOVED:
                 return _resumed_by_another(session_id)
         return self._take_missing(command, session_id, place, claimed, row)
 
     def _take_missing(
         self, command: OpenSessions, session_id: str, place: int, claimed: Claimed, row: int | None
-    ) -> "_Row | Refusal":
+    ) -> _Row | Refusal | None:
         """The store has no such session."""
         core = self._core
         ended = claimed.ended
@@ -331,7 +366,11 @@ class Opening:
                 gone = None
             if gone is not None:
                 core.keeping.lose(row, gone)
-                return gone
+                return None
+            # What has come here since the store was asked is not as it was then.
+            refusal = self._check_one(command, self._served_by_name[command.model], place, session_id, set())
+            if refusal is not None:
+                return refusal
             # It is here alone: the store lost it, or thought it idle. The next checkpoint mends that.
             core.keeping.changed(row)
             return _Row(place, session_id, row, False)
@@ -361,7 +400,8 @@ class Opening:
         if not opened.created:
             core.break_off_generation(row, _MOVED)
             streams = core.model_of(row).runs.stream
-            owned = command.attach and int(sessions.owner[row]) == command.stream
+            owner = self._owner(command)
+            owned = owner != NO_STREAM and int(sessions.owner[row]) == owner
             core.withdraw(
                 row,
                 {
@@ -369,19 +409,25 @@ class Opening:
                     for run in core.waiting_runs(row)
                 },
             )
-            new_owner = command.stream if command.attach else NO_STREAM
-            core.begin_epoch(row, new_owner, ErrorReason.ERROR_REASON_SESSION_MOVED, opened.claimed_epoch)
+            if opened.adopted:
+                sessions.hand_to(row, owner)
+            else:
+                core.begin_epoch(row, owner, ErrorReason.ERROR_REASON_SESSION_MOVED, opened.claimed_epoch)
             sessions.last_used[row] = core.now
             if core.keeping is not None:
                 core.keeping.changed(row)  # its time to expire counts anew, and a crash should know that
         sessions.holder[row] = self._holder(command, opened.place)
         opened.handle, opened.epoch = int(sessions.handle[row]), int(sessions.epoch[row])
 
+    def _owner(self, command: OpenSessions) -> int:
+        """The stream that is to hold the sessions. It may have ended while the store was asked."""
+        is_there = self._core.keeping is None or command.stream in self._core.streams
+        return command.stream if command.attach and is_there else NO_STREAM
+
     def _create(
         self, command: OpenSessions, ids: Sequence[str] | Mapping[int, str], places: Sequence[int]
     ) -> list[_Row]:
-        core, served = self._core, self._served_by_name[command.model]
-        owner = command.stream if command.attach else NO_STREAM
+        core, served, owner = self._core, self._served_by_name[command.model], self._owner(command)
         rows = core.sessions.create([ids[place] for place in places], served.index, owner, core.now)
         opened = [_Row(place, ids[place], row, True) for place, row in zip(places, rows.tolist(), strict=True)]
         if command.states is not None:
@@ -392,7 +438,7 @@ class Opening:
         core.statistics.models[served.index].sessions_opened += len(rows)
         return opened
 
-    def _tell(self, command: OpenSessions, opened: Sequence[_Row]) -> None:
+    def _tell(self, command: OpenSessions, opened: Sequence[_Row | _Told]) -> None:
         has_store = self._core.keeping is not None
         self._core.events.append(
             Opened(
@@ -470,7 +516,7 @@ class Opening:
             is_known_here = core.keeping is None and command.mode in _EXISTING
             missing = core.sessions.resolve_id(session_id) if is_known_here else None
             return missing if isinstance(missing, Refusal) else None
-        if command.mode == OpenMode.OPEN_MODE_RESUME:
+        if command.mode == OpenMode.OPEN_MODE_RESUME and not self._is_durable(session_id):
             mark = self._holder(command, place)
             if not mark or mark != int(core.sessions.holder[row]):
                 return _resumed_by_another(session_id)
@@ -485,7 +531,7 @@ class Opening:
         elif core.model_of(row) is not served:
             exists = f"session {session_id!r} exists with model {core.model_of(row).info.name!r}"
         if exists is not None:
-            return Refusal(ErrorReason.ERROR_REASON_SESSION_EXISTS, exists, field="session_ids")
+            return _exists(exists)
         return None
 
 
@@ -505,9 +551,13 @@ def created_row(
     )
 
 
-def _first_answer(command: OpenSessions, claimed: Claimed) -> LastRequest | None:
-    """What an earlier call of the same request id was answered of a session that exists."""
-    return None if claimed.row is None else first_answer(claimed.row, command.request_id)
+def _exists(message: str) -> Refusal:
+    return Refusal(ErrorReason.ERROR_REASON_SESSION_EXISTS, message, field="session_ids")
+
+
+def _just_left(session_id: str) -> Refusal:
+    message = f"session {session_id!r} has just left this server; try again"
+    return Refusal(ErrorReason.ERROR_REASON_STORE_UNAVAILABLE, message, field="session_ids")
 
 
 def _resumed_by_another(session_id: str) -> Refusal:

@@ -11,7 +11,8 @@ from cellserve_service import messages
 from cellserve_service.adoption import adopt, ended_refusal, read_stored
 from cellserve_service.core import Core
 from cellserve_service.errors import Refusal
-from cellserve_service.keeping import Keeping
+from cellserve_service.generation import no_more_runs
+from cellserve_service.keeping import MOVED, Keeping
 from cellserve_service.lifecycle import Lifecycle, done_event
 from cellserve_service.messages import Command, SessionTarget
 from cellserve_service.opening import session_limit
@@ -43,35 +44,57 @@ class Recalling:
         if found is None:
             return False
         stream, request, session_id = found
-        if session_id in self._core.sessions.row_by_id:
+        core, keeping = self._core, self._keeping
+        if session_id in core.sessions.row_by_id:
             return False
+        if core.is_draining and isinstance(command, messages.SubmitRuns | messages.SubmitGenerate):
+            core.refuse(stream, [request], [no_more_runs()])  # and the session stays where it is
+            return True
         self._waiting[stream, request] = False
+        if session_id in core.closing:
+            core.closing[session_id].append(lambda: self._again(command, stream, request))
+            return True
         if isinstance(command, _READERS):
             operation: Claim | Load = Load(session_id)
         else:
             operation = Claim(session_id, None, ClaimMode.ATTACH)
 
         def done(outcomes: Sequence[Outcome]) -> None:
-            cancelled = self._waiting.pop((stream, request))
-            if cancelled:
-                self._core.refuse(stream, [request], [_CANCELLED])
-            elif session_id in self._core.sessions.row_by_id:
+            keeping.end_claims(claimed)
+            outcome = outcomes[0]
+            row = core.sessions.row_by_id.get(session_id)
+            if row is not None and isinstance(outcome, Claimed) and outcome.result is ClaimResult.TAKEN:
+                keeping.lose(row, MOVED)  # what came here meanwhile was another server's again by then
+                row = None
+            if self._waiting.pop((stream, request)):
+                core.refuse(stream, [request], [_CANCELLED])
+            elif row is not None:
                 self._handle(command)
-            elif isinstance(outcome := outcomes[0], Loaded):
+            elif isinstance(outcome, Loaded):
                 self._take_loaded(command, stream, request, session_id, outcome)
             else:
                 assert isinstance(outcome, Claimed)
                 self._take_claimed(command, stream, request, session_id, outcome)
 
         def failed(refusal: Refusal) -> None:
+            keeping.end_claims(claimed)
             del self._waiting[stream, request]
             local = self._core.sessions.resolve_id(session_id)
             # A session that is not durable is known here alone, so what is known here of its end is true.
             known = isinstance(local, Refusal) and local.reason != ErrorReason.ERROR_REASON_SESSION_NOT_FOUND
             self._core.refuse(stream, [request], [local if known and isinstance(local, Refusal) else refusal])
 
-        self._keeping.ask([operation], done, failed)
+        claimed = [session_id] if isinstance(operation, Claim) else []
+        keeping.begin_claims(claimed)
+        keeping.ask([operation], done, failed)
         return True
+
+    def _again(self, command: Command, stream: int, request: int) -> None:
+        """The session of that id has ended meanwhile."""
+        if self._waiting.pop((stream, request)):
+            self._core.refuse(stream, [request], [_CANCELLED])
+        elif not self.recall(command):
+            self._handle(command)
 
     def cancel(self, stream: int, requests: set[int] | None) -> None:
         """The callers of some requests, or all of a stream, want them no more."""

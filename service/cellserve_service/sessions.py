@@ -74,7 +74,8 @@ class SessionTable:
         self.is_generating = np.zeros(capacity, np.bool_)
         # Tells a session from the ones that had its row before, for what comes back from the store.
         self.incarnation = np.zeros(capacity, np.int64)
-        # Grows with every replacement of the state: positions of different lines have nothing to do with each other.
+        # The epoch in which the state was made, replaced or taken from the store. Positions of different lines have
+        # nothing to do with each other; the store keeps what is newest by line and position.
         self.line = np.zeros(capacity, np.int64)
         self.holder = np.zeros(capacity, np.uint64)  # the client's mark; 0: none
         self.durability = np.full(capacity, Durability.NONE, np.uint8)
@@ -84,6 +85,8 @@ class SessionTable:
         self.is_due = np.zeros(capacity, np.bool_)  # to be written at its next run boundary
         self.num_writes = np.zeros(capacity, np.int64)  # on their way to the store
         self.is_in_store = np.zeros(capacity, np.bool_)  # its state is in the store alone
+        # It is closed, and finishes what it had accepted; it is not written any more.
+        self.is_leaving = np.zeros(capacity, np.bool_)
         self.last_request: dict[int, LastRequest] = {}
         self.marks: dict[
             int, dict[str, tuple[int, FloatArray]]
@@ -117,7 +120,7 @@ class SessionTable:
             self.row_by_id[session_id] = row
             self._ended.pop(session_id, None)
         self.is_open[rows] = True
-        self.epoch[rows] = 1
+        self.epoch[rows] = self.line[rows] = 1
         self.model[rows] = model
         self.owner[rows] = stream
         self.position[rows] = self.accepted[rows] = 0
@@ -126,7 +129,7 @@ class SessionTable:
         self.holder[rows] = 0
         self.durability[rows] = Durability.NONE
         self.durable_position[rows] = 0
-        self.is_dirty[rows] = self.is_due[rows] = self.is_in_store[rows] = False
+        self.is_dirty[rows] = self.is_due[rows] = self.is_in_store[rows] = self.is_leaving[rows] = False
         self.num_writes[rows] = 0
         return rows
 
@@ -157,7 +160,7 @@ class SessionTable:
         self.marks.pop(row, None)
         self.stage[row] = Stage.IDLE
         self.durability[row] = Durability.NONE
-        self.is_dirty[row] = self.is_due[row] = self.is_in_store[row] = False
+        self.is_dirty[row] = self.is_due[row] = self.is_in_store[row] = self.is_leaving[row] = False
         self._free[self._num_free] = row
         self._num_free += 1
 
@@ -172,6 +175,10 @@ class SessionTable:
     def begin_epoch(self, row: int, stream: int, epoch: int = 0) -> None:
         """Make earlier handles stale; the session now belongs to `stream`. epoch: what it is at least from now on."""
         self.epoch[row] = max(int(self.epoch[row]) + 1, epoch)
+        self.hand_to(row, stream)
+
+    def hand_to(self, row: int, stream: int) -> None:
+        """Make earlier handles stale in the same epoch; the session now belongs to `stream`."""
         self._next_generation(row)
         self.owner[row] = stream
 

@@ -77,7 +77,7 @@ def take_snapshot(core: Core, served: ServedModel, rows: IntArray, *, with_marks
     columns = (
         rows,
         sessions.position[rows],
-        sessions.epoch[rows],
+        sessions.line[rows],
         sessions.durability[rows],
         sessions.created_at[rows],
     )
@@ -180,6 +180,8 @@ def restore_answers(core: Core, served: ServedModel, row: int, stored: StoredSes
             table.hold(runs, np.array([num_words]))
             table.held_answer(run)[:] = words
         table.insert_held(row, run)
+    limits = core.limits
+    table.release_beyond(np.array([row], np.int64), limits.max_held_answers, limits.max_held_answer_bytes // 4)
 
 
 def new_session(
