@@ -7,9 +7,9 @@ import numpy as np
 from cellserve_service.core import Core
 from cellserve_service.runs import Kind, Status
 from cellserve_service.served import ServedModel
-from cellserve_service.sessions import NO_RUN, NO_SLOT, Stage
+from cellserve_service.sessions import NO_RUN, NO_SLOT, Durability, Stage
 
-__all__ = ["check_engine", "check_nothing_left"]
+__all__ = ["check_engine", "check_kept", "check_nothing_left"]
 
 
 def check_engine(core: Core) -> None:
@@ -42,6 +42,24 @@ def check_engine(core: Core) -> None:
         assert core.served[model].runs.status[run] in (Status.WAITING, Status.STARTED)
 
 
+def check_kept(core: Core) -> None:
+    """What is known of the store agrees with the sessions."""
+    sessions, keeping = core.sessions, core.keeping
+    assert keeping is not None
+    in_store = np.flatnonzero(sessions.is_in_store)
+    assert sessions.is_open[in_store].all()
+    assert (sessions.slot[in_store] == NO_SLOT).all()
+    assert not set(in_store.tolist()) & set(sessions.parked)
+    assert not (sessions.is_due & ~sessions.is_dirty).any()
+    assert (sessions.durability[sessions.is_dirty] != Durability.NONE).all()
+    assert (sessions.stage[sessions.is_in_store & (sessions.next_run != NO_RUN)] == Stage.LOADING).all()
+    assert all(sessions.is_open[row] for row in keeping._withheld)
+    if keeping.num_writing == 0:
+        assert not keeping._changed_at
+        # What waits to be durable, waits for a write.
+        assert set(keeping._withheld) <= set(np.flatnonzero(sessions.is_dirty | sessions.is_leaving).tolist())
+
+
 def check_nothing_left(core: Core) -> None:
     """With every session closed, nothing is held, counted, queued or kept."""
     check_engine(core)
@@ -52,6 +70,12 @@ def check_nothing_left(core: Core) -> None:
     assert not core.operations
     assert not core.joined
     assert not core.generations
+    assert not core.closing
+    if core.keeping is not None:
+        assert not core.keeping._withheld
+        assert not core.keeping._claims
+        assert not core.keeping.requests
+        assert core.keeping.num_writing == 0
     for served in core.served:
         assert served.runs.num_runs == 0
         assert served.runs.token_pool.num_live == served.runs.held_pool.num_live == 0
@@ -80,17 +104,16 @@ def _check_session(core: Core, row: int) -> set[tuple[int, int]]:
     assert sessions.num_pending_tokens[row] == sum(int(runs.count[run] - runs.done[run]) for run in plain)
     assert sessions.num_pending_tokens[row] <= core.limits.max_session_pending_tokens
     assert all(runs.status[run] == Status.WAITING for run in unfinished[1:])
-    if not core.operations:
+    if not any(runs.kind[run] == Kind.OPERATION for run in unfinished):
         assert sessions.accepted[row] == sessions.position[row] + sessions.num_pending_tokens[row]
     generates = [run for run in unfinished if runs.kind[run] == Kind.GENERATE]
     assert generates == ([core.generations[row].run] if row in core.generations else [])
-    if unfinished:
-        assert runs.kind[unfinished[0]] != Kind.OPERATION
-        assert sessions.stage[row] != Stage.IDLE
-    else:
-        assert sessions.stage[row] == Stage.IDLE
+    if sessions.stage[row] != Stage.LOADING:
+        assert (sessions.stage[row] != Stage.IDLE) == bool(unfinished)
+        assert not unfinished or runs.kind[unfinished[0]] != Kind.OPERATION
     if sessions.stage[row] == Stage.RESTING:
-        assert runs.stream[unfinished[0]] in core.paused_streams
+        waits_for_store = core.keeping is not None and bool(core.keeping.trouble) and bool(generates)
+        assert waits_for_store or runs.stream[unfinished[0]] in core.paused_streams
     assert not (row in sessions.parked and sessions.slot[row] != NO_SLOT)
     return {(served.index, run) for run in chain}
 

@@ -2,7 +2,7 @@
 
 from hypothesis import HealthCheck, settings
 
-__all__ = ["QUICK", "STATEFUL"]
+__all__ = ["QUICK", "STATEFUL", "WITH_STORE"]
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 STATEFUL = settings(
@@ -12,3 +12,4 @@ STATEFUL = settings(
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
+WITH_STORE = settings(STATEFUL, max_examples=150, stateful_step_count=60)

@@ -75,9 +75,14 @@ def _flat(event: Event) -> Iterator[tuple[Record, int]]:
                 yield Record("failed", event.stream, request, (reason_name(refusal.reason), refusal.position)), 0
         case messages.Opened():
             columns = (event.requests, event.session_ids, event.positions, event.epochs, event.created, event.handles)
-            for request, session_id, position, epoch, created, handle in zip(*columns, strict=True):
-                opened = (session_id, int(position), int(epoch), bool(created))
+            for place, (request, session_id, position, epoch, created, handle) in enumerate(zip(*columns, strict=True)):
+                opened: tuple[object, ...] = (session_id, int(position), int(epoch), bool(created))
+                if event.durable_positions is not None:
+                    opened += (int(event.durable_positions[place]), int(event.durabilities[place]))
                 yield Record("opened", event.stream, int(request), opened), int(handle)
+        case messages.DurablePositions():
+            for handle, position in zip(event.handles.tolist(), event.positions.tolist(), strict=True):
+                yield Record("durable", event.stream, 0, (position,)), handle
         case messages.Done():
             for request, handle, epoch, position in zip(
                 event.requests.tolist(), event.handles.tolist(), event.epochs, event.positions, strict=True
