@@ -33,10 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncGeneration", "make_generate_request"]
 
-_FINISH_REASONS: Final[dict[int, Literal["length", "stop"]]] = {
-    FinishReason.FINISH_REASON_LENGTH: "length",
-    FinishReason.FINISH_REASON_STOP: "stop",
-}
 _SEED_BITS: Final = 64
 
 
@@ -91,6 +87,8 @@ class AsyncGeneration:
         self._num_asked = self._num_left = request.max_tokens
         self._num_breaks = 0
         self._has_begun = False
+        self._is_part_done = False
+        self._slice_sizes: set[int] = set()  # tokens in the messages of this part: each is one held answer
         self._has_stopped = False  # whether the last token received is a stop token
         self._is_done = False
 
@@ -148,6 +146,9 @@ class AsyncGeneration:
                 if isinstance(message, GenerateResponse):
                     self._take(message)
                     return
+                if self._is_part_done and not self._has_all():
+                    self._call = None
+                    continue
                 error: CellserveError = ConnectionLost("generate ended without its last word", in_doubt=True)
             except TimeoutError:
                 if self._loop.time() >= deadline:
@@ -168,6 +169,7 @@ class AsyncGeneration:
                 raise error
             attachment.trouble = error
             self._num_breaks += 1
+            self._slice_sizes.clear()
             await asyncio.sleep(min(backoff.next_seconds(), max(0.0, deadline - self._loop.time())))
 
     async def _begin(self, deadline: float) -> GenerateCall:
@@ -177,6 +179,12 @@ class AsyncGeneration:
             if attachment.ledger.kept is not None:
                 await attachment.attach(deadline)  # the stream tells which tokens are safe
             self._request.position = attachment.ledger.position
+            # In parts of which the server holds every token until the next one begins: it runs ahead of what has come
+            # here, and what it no longer holds could not be told again after a break.
+            max_tokens = attachment.model.max_generate_tokens(min(self._slice_sizes, default=1))
+            self._request.max_tokens = min(self._num_left, max_tokens)
+            self._slice_sizes.clear()
+            self._is_part_done = False
             call = attachment.replica.transport.generate(self._request)
             attachment.begin_generating()
             self._has_begun = True
@@ -187,15 +195,17 @@ class AsyncGeneration:
         self._attachment.ledger.consumed(array("I", message.tokens), message.position)
         self._received.extend(message.tokens)
         self._num_left -= len(message.tokens)
-        if self._num_left > 0:
-            self._request.max_tokens = self._num_left  # for a call that takes up where this one breaks
         self._has_stopped = bool(message.tokens) and message.tokens[-1] in self._request.stop_tokens
-        self.finish_reason = _FINISH_REASONS.get(message.finish_reason)
+        self._is_part_done = message.finish_reason != FinishReason.FINISH_REASON_UNSPECIFIED
+        if self._is_part_done:
+            self._has_all()  # the rest of a slice that was cut at the end of the part says nothing of the others
+        else:
+            self._slice_sizes.add(len(message.tokens))
         if message.HasField("logprobs"):
             self.logprobs += read_floats(message.logprobs).tolist()
 
     def _has_all(self) -> bool:
-        """Whether every token has come, though the server's last word may not have."""
+        """Whether every token has come, and how it ended; the server's last word may not have come."""
         if self.finish_reason is None and self._has_begun:
             if self._has_stopped:
                 self.finish_reason = "stop"
@@ -207,9 +217,8 @@ class AsyncGeneration:
         if is_passing(error):
             return True
         if isinstance(error, PositionGap):
-            self._attachment.is_in_doubt = (
-                True  # the server has come back with an older state: it gets the tokens again
-            )
+            # The server has come back with an older state: it gets the tokens again.
+            self._attachment.is_in_doubt = True
             return True
         # The server may not know yet that the call before this one has broken.
         return bool(self._num_breaks) and isinstance(error, SessionBusy)

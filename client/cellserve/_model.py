@@ -14,6 +14,8 @@ __all__ = ["ServedModel"]
 _MAX_ID: Final = 2**32 - 1
 # Room in a message for what a run needs beside its tokens.
 _RUN_BYTES: Final = 1024
+# What a sampled token takes where it is held: the token and its log-probability.
+_SAMPLED_BYTES: Final = 8
 
 
 class ServedModel:
@@ -45,6 +47,11 @@ class ServedModel:
         if spec is None:
             spec = self.specs[wishes] = make_output_spec(self.info, *wishes)
         return spec
+
+    def max_generate_tokens(self, slice_tokens: int) -> int:
+        """How many sampled tokens the server holds, where a held answer has slice_tokens of them at least."""
+        limits = self.limits
+        return max(1, min(limits.max_held_answers * slice_tokens, limits.max_held_answer_bytes // _SAMPLED_BYTES))
 
     def max_run_tokens(self, spec: OutputSpec) -> int:
         """How many tokens fit into one run, so that the server takes it and holds its answer for a repeat."""

@@ -218,6 +218,9 @@ class SessionCalls(SessionServiceServicer):
                 raise RefusedError("POSITION_GAP", session.position)
         except RefusedError as refused:
             await _abort(context, refused)
+        if request.max_tokens > server.max_held_answers:
+            # Each token is an answer here: what runs further ahead of the client than this is not told again.
+            server.mistakes.append(AssertionError(f"a generate of {request.max_tokens} tokens"))
         session.is_generating = True
         try:
             for number in range(request.max_tokens):
