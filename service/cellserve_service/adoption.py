@@ -19,7 +19,8 @@ def adopt(core: Core, stored: Row, epoch: int) -> int | Refusal:
     read = read_stored(core, stored)
     if isinstance(read, Refusal):
         return read
-    served = next(served for served in core.served if served.info.name == stored.model)
+    served = core.model_named(stored.model)
+    assert served is not None
     try:
         marks = decode_marks(stored.session_id, stored.checkpoints, read.num_layers, read.state_size)
     except DamagedError as error:
@@ -46,7 +47,7 @@ def adopt(core: Core, stored: Row, epoch: int) -> int | Refusal:
 
 def read_stored(core: Core, stored: Row) -> StoredSession | Refusal:
     """The session of a row, if it is whole and of a model as it is served here."""
-    served = next((served for served in core.served if served.info.name == stored.model), None)
+    served = core.model_named(stored.model)
     if served is None:
         message = f"session {stored.session_id!r} is of model {stored.model!r}, which is not served here"
         return Refusal(ErrorReason.ERROR_REASON_MODEL_NOT_FOUND, message, field="model")

@@ -62,7 +62,7 @@ def answer_tick(core: Core, tick: RunTick, result: StepResult) -> None:
             core.events.append(answers)
         else:
             assert core.keeping is not None
-            core.keeping.withhold(answers, tick.rows[rows].tolist(), answers.positions.tolist())
+            core.keeping.withholding.withhold(answers, tick.rows[rows].tolist(), answers.positions.tolist())
 
 
 def _kept_apart(core: Core, tick: RunTick) -> IntArray | None:

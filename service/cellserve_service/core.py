@@ -95,6 +95,9 @@ class Core:
     def model_of(self, row: int) -> ServedModel:
         return self.served[int(self.sessions.model[row])]
 
+    def model_named(self, name: str) -> ServedModel | None:
+        return next((served for served in self.served if served.info.name == name), None)
+
     def refuse(self, stream: int, requests: NDArray[np.uint64] | Sequence[int], refusals: Sequence[Refusal]) -> None:
         """Answer requests with refusals, one for each."""
         self.statistics.count_failures(refusals)
@@ -102,17 +105,17 @@ class Core:
 
     def give(self, row: int, position: int, event: Answers | Generated) -> None:
         """Give out an answer of one session, when its state is durable up to the position if it must be."""
-        if self.keeping is None or self.keeping.is_durable(row, position):
+        if self.keeping is None or self.keeping.withholding.may_leave(row, position):
             self.events.append(event)
         else:
-            self.keeping.withhold(event, [row], [position])
+            self.keeping.withholding.withhold(event, [row], [position])
 
     def refuse_in_turn(self, row: int, stream: int, request: int, refusal: Refusal) -> None:
         """Refuse a request of which parts were answered before: behind those, if they still wait to be durable."""
         if self.keeping is None:
             self.refuse(stream, [request], [refusal])
         else:
-            self.keeping.refuse_in_turn(row, stream, request, refusal)
+            self.keeping.withholding.refuse_in_turn(row, stream, request, refusal)
 
     def go_on(self, served: ServedModel, rows: IntArray) -> None:
         """Queue sessions whose first unfinished run can be taken by a tick; do the operations that are due."""

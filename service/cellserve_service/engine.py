@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from cellserve_service import messages
 from cellserve_service.admission import Admission
 from cellserve_service.cancellation import cancel, end_stream, set_paused
+from cellserve_service.closing import Closing
 from cellserve_service.core import Core
+from cellserve_service.forking import Forking
 from cellserve_service.generation import (
     GenerateTick,
     begin_generate_tick,
     finish_generate_tick,
     submit_generate,
 )
-from cellserve_service.keeping import MOVED, Keeping, StoreRequest
-from cellserve_service.lifecycle import Lifecycle
+from cellserve_service.keeping import Keeping
 from cellserve_service.limits import EngineLimits
+from cellserve_service.listing import Listing
 from cellserve_service.messages import Command, Event
 from cellserve_service.opening import Opening
 from cellserve_service.recalling import Recalling
@@ -25,8 +27,10 @@ from cellserve_service.run_tick import RunTick
 from cellserve_service.runs import Kind
 from cellserve_service.served import ServedModel
 from cellserve_service.sessions import SessionTable
+from cellserve_service.state_operations import StateOperations
 from cellserve_service.statistics import ModelStatistics, Statistics
 from cellserve_service.stepping import Stepper
+from cellserve_service.store_requests import MOVED, StoreRequest
 from cellserve_service.ticks import begin_run_tick, finish_run_tick
 
 Tick = RunTick | GenerateTick
@@ -51,11 +55,14 @@ class Engine:
         self.keeping = self.core.keeping = Keeping(self.core) if has_store else None
         self._admission = Admission(self.core)
         self._opening = Opening(self.core)
-        self._lifecycle = Lifecycle(self.core)
+        self._states = StateOperations(self.core)
+        self._closing = Closing(self.core)
+        self._forking = Forking(self.core)
+        self._listing = Listing(self.core)
         self._recalling = (
             None
             if self.keeping is None
-            else Recalling(self.core, self.keeping, self._lifecycle, lambda command: self._handle(command))
+            else Recalling(self.core, self.keeping, self._closing, self._forking, lambda command: self._handle(command))
         )
         self._turns = [(kind, model) for model in served for kind in (Kind.RUN, Kind.GENERATE)]
         self._turn = 0
@@ -79,25 +86,25 @@ class Engine:
             case messages.SubmitGenerate():
                 submit_generate(core, command)
             case messages.ResetSessions():
-                self._lifecycle.reset(command)
+                self._states.reset(command)
             case messages.CloseSessions():
-                self._lifecycle.close(command)
+                self._closing.close(command)
             case messages.ExportSession():
-                self._lifecycle.export(command)
+                self._states.export(command)
             case messages.ImportSession():
-                self._lifecycle.import_state(command)
+                self._states.import_state(command)
             case messages.ForkSession():
-                self._lifecycle.fork(command)
+                self._forking.fork(command)
             case messages.GetSession():
-                self._lifecycle.get(command)
+                self._listing.get(command)
             case messages.ListSessions():
-                self._lifecycle.list_page(command)
+                self._listing.list_page(command)
             case messages.DetachSessions():
-                self._lifecycle.detach(command)
+                self._states.detach(command)
             case messages.CheckpointSession():
-                self._lifecycle.checkpoint(command)
+                self._states.checkpoint(command)
             case messages.RollbackSession():
-                self._lifecycle.rollback(command)
+                self._states.rollback(command)
             case messages.CancelRuns():
                 if self._recalling is not None:
                     self._recalling.cancel(command.stream, set(command.runs.tolist()))
@@ -171,7 +178,7 @@ class Engine:
     def sweep(self, now: float) -> None:
         """Housekeeping, about once a second: expire idle sessions, forget ended ones."""
         self.core.now = now
-        self._lifecycle.expire()
+        self._closing.expire()
         if self.keeping is not None:
             self.keeping.shed(self.core.limits.max_parked_states)
 

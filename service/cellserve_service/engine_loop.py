@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable
 
 from cellserve_service.engine import Engine
-from cellserve_service.keeping import StoreRequest
 from cellserve_service.messages import Command, Event
+from cellserve_service.store_requests import StoreRequest
 
 SWEEP_SECONDS = 1.0
 

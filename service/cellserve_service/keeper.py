@@ -14,9 +14,9 @@ import structlog
 
 from cellserve.v1.errors_pb2 import ErrorReason
 from cellserve_service.errors import Refusal
-from cellserve_service.keeping import AskStore, StoreRequest, WriteSessions
 from cellserve_service.messages import Command, StoreReply, StoreTrouble
 from cellserve_service.statistics import Statistics
+from cellserve_service.store_requests import AskStore, StoreRequest, WriteSessions
 from cellserve_service.stores.operations import ClaimAll, Load, Operation, Outcome, Save, StateStore, StoreError
 
 # While the store does not answer: what must be done is tried again so often, and what is asked meanwhile is refused.

@@ -4,9 +4,8 @@ It only says what is to be done, in `requests`; keeper.py does it and brings the
 for each other.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,50 +14,21 @@ from cellserve.v1.errors_pb2 import ErrorReason
 from cellserve_service.core import Core
 from cellserve_service.core import Operation as ChainOperation
 from cellserve_service.errors import Refusal
-from cellserve_service.messages import Answers, Done, DurablePositions, Failures, Generated
+from cellserve_service.messages import Done, DurablePositions
 from cellserve_service.runs import Kind, Status
 from cellserve_service.served import ServedModel
 from cellserve_service.sessions import NO_RUN, NO_SLOT, NO_STREAM, Durability, Stage
 from cellserve_service.snapshots import Snapshot, take_snapshot
 from cellserve_service.stepping import IntArray
+from cellserve_service.store_requests import MOVED, AskStore, StoreRequest, WriteSessions
 from cellserve_service.stores.operations import Load, Loaded, Operation, Outcome, Written
 from cellserve_service.stores.rows import DamagedError, decode_session
+from cellserve_service.withholding import Withholding
 
 # Sessions copied in one turn of the engine, so that a large checkpoint never holds up the ticks.
 MAX_TURN_SESSIONS = 512
 
-MOVED = Refusal(ErrorReason.ERROR_REASON_SESSION_MOVED, "another server has taken the session over")
 _DAMAGED = ErrorReason.ERROR_REASON_STATE_DAMAGED
-
-
-@dataclass(frozen=True, slots=True)
-class WriteSessions:
-    """Write sessions as they were. Tried again until it succeeds."""
-
-    snapshot: Snapshot
-    done: Callable[[Sequence[Written]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class AskStore:
-    """Do operations in order. `failed` gets why the store did not; None: it is tried again until it succeeds."""
-
-    operations: Sequence[Operation]
-    done: Callable[[Sequence[Outcome]], None]
-    failed: Callable[[Refusal], None] | None = None
-
-
-StoreRequest = WriteSessions | AskStore
-
-
-@dataclass(slots=True, eq=False)
-class _Withheld:
-    """An event that leaves when the states of all its sessions are durable, or lost."""
-
-    event: Answers | Generated | Done | Failures
-    rows: list[int]  # of the session table, one for each row of the event
-    missing: int
-    lost: set[int] = field(default_factory=set)
 
 
 class Keeping:
@@ -69,11 +39,10 @@ class Keeping:
         self.trouble = ""  # why the store does not answer; empty while it does
         self.num_fenced = 0
         self.num_writing = 0  # requests that are under way and change something
+        self.withholding = Withholding(core)
         self._core = core
         # By id: claims of the session that are under way. It is not left to the store meanwhile.
         self._claims: Counter[str] = Counter()
-        # By session row: what waits for a line and position of the session to be durable.
-        self._withheld: dict[int, deque[tuple[tuple[float, float], _Withheld]]] = {}
         self._changed_at: dict[int, float] = {}  # by number of the write under way: the oldest change in it
         self._num_writes = 0
 
@@ -186,11 +155,11 @@ class Keeping:
     def write_through(self, row: int, event: Done, *, with_marks: bool = False) -> None:
         """Give an answer once the session is stored as it is now; at once where it is not durable."""
         core, served = self._core, self._core.model_of(row)
-        if core.sessions.durability[row] == Durability.NONE:
+        if not core.sessions.is_durable(row):
             core.events.append(event)
             return
         if core.sessions.is_leaving[row]:
-            self.withhold(event, [row], [np.inf])
+            self.withholding.withhold(event, [row], [np.inf])
             return
 
         def then(is_stored: bool) -> None:
@@ -259,76 +228,6 @@ class Keeping:
             oldest.append(float(dirty.min()))
         return now - min(oldest)
 
-    # What waits for it.
-
-    def withhold(
-        self, event: Answers | Generated | Done | Failures, rows: Sequence[int], positions: Sequence[float]
-    ) -> None:
-        """Give an event out when the sessions' states are durable up to the positions: one for each of its rows.
-
-        position: -inf for what follows the events before it, inf for what waits until the session's end is stored.
-        """
-        withheld = _Withheld(event, list(rows), len(rows))
-        lines = self._core.sessions.line
-        for row, position in zip(rows, positions, strict=True):
-            self._withheld.setdefault(row, deque()).append(((int(lines[row]), position), withheld))
-
-    def refuse_in_turn(self, row: int, stream: int, request: int, refusal: Refusal) -> None:
-        """Refuse a request of a session behind what waits to be durable."""
-        if row in self._withheld:
-            self.withhold(Failures(stream, np.array([request], np.uint64), (refusal,)), [row], [-np.inf])
-        else:
-            self._core.refuse(stream, [request], [refusal])
-
-    def is_durable(self, row: int, position: int) -> bool:
-        """Whether an answer up to a position of the session may leave."""
-        sessions = self._core.sessions
-        return sessions.durability[row] != Durability.SYNC or (
-            row not in self._withheld and int(sessions.durable_position[row]) >= position
-        )
-
-    def release(self, row: int, line: float = np.inf, position: float = np.inf) -> None:
-        """Give out what waits for a session to be durable up to a position."""
-        waiting = self._withheld.get(row)
-        while waiting and waiting[0][0] <= (line, position):
-            self._settle(waiting.popleft()[1])
-        if waiting is not None and not waiting:
-            del self._withheld[row]
-
-    def end(self, row: int) -> Callable[[bool], None]:
-        """The session leaves its row. Returns what must be told whether its end is stored: then what waits for it goes
-        out, or is refused.
-        """
-        waiting = [withheld for _, withheld in self._withheld.pop(row, ())]
-
-        def told(is_stored: bool) -> None:
-            for withheld in waiting:
-                if not is_stored:
-                    withheld.lost.add(row)
-                self._settle(withheld)
-
-        return told
-
-    def _settle(self, withheld: _Withheld) -> None:
-        withheld.missing -= 1
-        if withheld.missing:
-            return
-        core, event = self._core, withheld.event
-        if isinstance(event, Failures):
-            core.refuse(event.stream, event.requests, event.refusals)
-        elif not withheld.lost:
-            core.events.append(event)
-        elif isinstance(event, Done):
-            core.refuse(event.stream, event.requests, [MOVED] * len(event.requests))
-        elif isinstance(event, Answers):
-            for place, row in enumerate(withheld.rows):
-                if row not in withheld.lost:
-                    core.events.append(event.rows(place, place + 1))
-                elif not event.remaining[place]:  # a slice is refused with the last of its run
-                    core.refuse(event.stream, event.requests[place : place + 1], [MOVED])
-        elif event.finished:
-            core.refuse(event.stream, [event.request], [MOVED])
-
     def _written(self, snapshot: Snapshot, outcomes: Sequence[Written]) -> tuple[NDArray[np.bool_], IntArray, IntArray]:
         """Sessions have been written, or not. Returns which of them are stored as they were, or newer; then those that
         are durable further than before, and how far.
@@ -342,9 +241,9 @@ class Keeping:
         stale = fenced | (older & (sessions.num_writes[snapshot.rows] == 0))
         kept = current & ~fenced & ~older
         rows, lines, positions = snapshot.rows[kept], snapshot.lines[kept], snapshot.positions[kept]
-        if self._withheld:
+        if self.withholding.rows:
             for row, line, position in zip(rows.tolist(), lines.tolist(), positions.tolist(), strict=True):
-                self.release(row, line, position)
+                self.withholding.release(row, line, position)
         advances = (lines == sessions.line[rows]) & (positions != sessions.durable_position[rows])
         rows, positions = rows[advances], positions[advances]
         sessions.durable_position[rows] = positions
@@ -382,9 +281,7 @@ class Keeping:
         if int(sessions.owner[row]) != NO_STREAM and refusal.reason == MOVED.reason:
             sessions.remember_moved(row)
         sessions.owner[row] = NO_STREAM
-        for _, withheld in self._withheld.pop(row, ()):
-            withheld.lost.add(row)
-            self._settle(withheld)
+        self.withholding.lose(row)
         sessions.durability[row] = Durability.NONE
         sessions.is_dirty[row] = sessions.is_due[row] = sessions.is_in_store[row] = False
         core.wake(row)
@@ -429,7 +326,7 @@ class Keeping:
                 core.refuse(event.stream, event.requests, [MOVED] * len(event.requests))
 
         if core.sessions.is_leaving[row]:
-            self.withhold(event, [row], [np.inf])
+            self.withholding.withhold(event, [row], [np.inf])
         elif self.is_stored(row):
             then(True)
         else:

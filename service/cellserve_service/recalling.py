@@ -9,14 +9,38 @@ from typing import Any
 from cellserve.v1.errors_pb2 import ErrorReason
 from cellserve_service import messages
 from cellserve_service.adoption import adopt, ended_refusal, read_stored
+from cellserve_service.closing import Closing
 from cellserve_service.core import Core
 from cellserve_service.errors import Refusal
+from cellserve_service.forking import Forking
 from cellserve_service.generation import no_more_runs
-from cellserve_service.keeping import MOVED, Keeping
-from cellserve_service.lifecycle import Lifecycle, done_event
-from cellserve_service.messages import Command, SessionTarget
-from cellserve_service.opening import session_limit
-from cellserve_service.stores.operations import Claim, Claimed, ClaimMode, ClaimResult, Ended, Load, Loaded, Outcome
+from cellserve_service.keeping import Keeping
+from cellserve_service.listing import stored_facts
+from cellserve_service.messages import (
+    Command,
+    ExportSession,
+    ForkSession,
+    GetSession,
+    InitialState,
+    SessionsListed,
+    SessionTarget,
+    StateExported,
+)
+from cellserve_service.new_sessions import session_limit
+from cellserve_service.store_requests import MOVED
+from cellserve_service.stores.operations import (
+    Claim,
+    Claimed,
+    ClaimMode,
+    ClaimResult,
+    Ended,
+    Load,
+    Loaded,
+    Outcome,
+    Row,
+)
+from cellserve_service.stores.rows import StoredSession
+from cellserve_service.targets import done_event
 
 _CANCELLED = Refusal(ErrorReason.ERROR_REASON_RUN_CANCELLED, "the caller withdrew it")
 # What is stored, and cannot be served, can still be closed.
@@ -25,16 +49,19 @@ _UNREADABLE = {
     ErrorReason.ERROR_REASON_STATE_MISMATCH,
     ErrorReason.ERROR_REASON_MODEL_NOT_FOUND,
 }
-_READERS = messages.GetSession | messages.ExportSession | messages.ForkSession
+_READERS = GetSession | ExportSession | ForkSession
 
 
 class Recalling:
     """Commands that wait for the state store to tell of their session."""
 
-    def __init__(self, core: Core, keeping: Keeping, lifecycle: Lifecycle, handle: Callable[[Command], None]) -> None:
+    def __init__(
+        self, core: Core, keeping: Keeping, closing: Closing, forking: Forking, handle: Callable[[Command], None]
+    ) -> None:
         self._core = core
         self._keeping = keeping
-        self._lifecycle = lifecycle
+        self._closing = closing
+        self._forking = forking
         self._handle = handle
         self._waiting: dict[tuple[int, int], bool] = {}  # by stream and request: whether it was cancelled
 
@@ -111,7 +138,7 @@ class Recalling:
             if not isinstance(row, Refusal):
                 self._handle(command)
             elif isinstance(command, messages.CloseSessions) and row.reason in _UNREADABLE:
-                self._lifecycle.close_stored(command, request, claimed.row)
+                self._closing.close_stored(command, request, claimed.row)
             else:
                 core.refuse(stream, [request], [row])
             return
@@ -127,7 +154,24 @@ class Recalling:
             core.refuse(stream, [request], [read])
         else:
             assert isinstance(command, _READERS)
-            self._lifecycle.answer_from_store(command, request, row, loaded.epoch, read)
+            self._answer_from_store(command, request, row, loaded.epoch, read)
+
+    def _answer_from_store(
+        self, command: GetSession | ExportSession | ForkSession, request: int, row: Row, epoch: int, read: StoredSession
+    ) -> None:
+        """Answer what only looks at a session out of its row, which may be another server's."""
+        core, stream = self._core, command.target.stream
+        match command:
+            case GetSession():
+                facts = [stored_facts(core, row, epoch, read)]
+                core.events.append(SessionsListed(stream, request, facts, 1, more=False))
+            case ExportSession():
+                state = InitialState(read.fingerprint, read.position, read.state())
+                core.events.append(StateExported(stream, request, state))
+            case ForkSession():
+                served = core.model_named(row.model)
+                assert served is not None
+                self._forking.fork_from(command, request, served, read.durability, read.position, read.state())
 
     def _refuse_missing(
         self, command: Command, stream: int, request: int, session_id: str, ended: Ended | None

@@ -21,7 +21,7 @@ from cellserve_service.generation import MAX_STOP_TOKENS, MAX_TOKENS
 from cellserve_service.idempotency import RequestMemory
 from cellserve_service.limits import EngineLimits
 from cellserve_service.messages import InitialState, SessionFacts, SessionTarget, Tier
-from cellserve_service.opening import check_session_id
+from cellserve_service.new_sessions import check_session_id
 from cellserve_service.outputs import OutputArrays
 from cellserve_service.state_format import MAX_POSITION, decode_state, encode_state
 from cellserve_service.status import abort

@@ -104,6 +104,10 @@ class SessionTable:
     def __len__(self) -> int:
         return self.capacity - self._num_free
 
+    def is_durable(self, row: int) -> bool:
+        """Whether the store is to have the session."""
+        return bool(self.durability[row] != Durability.NONE)
+
     @property
     def num_free(self) -> int:
         return self._num_free

@@ -20,8 +20,6 @@ from cellserve_service.stepping import FloatArray, IntArray
 from cellserve_service.stores.operations import Row
 from cellserve_service.stores.rows import (
     ANSWER_DTYPE,
-    NO_ANSWERS,
-    NO_WORDS,
     LastRequest,
     StoredSession,
     encode_marks,
@@ -182,29 +180,3 @@ def restore_answers(core: Core, served: ServedModel, row: int, stored: StoredSes
         table.insert_held(row, run)
     limits = core.limits
     table.release_beyond(np.array([row], np.int64), limits.max_held_answers, limits.max_held_answer_bytes // 4)
-
-
-def new_session(
-    served: ServedModel,
-    *,
-    durability: int,
-    created_at: float,
-    request_id: str,
-    position: int = 0,
-    values: FloatArray | None = None,
-) -> StoredSession:
-    """A session that is about to be created. created_at: wall clock. values: (L, S), None for zeros."""
-    info = served.info
-    return StoredSession(
-        fingerprint=info.fingerprint,
-        num_layers=info.num_layers,
-        state_size=info.state_size,
-        position=position,
-        epoch=1,
-        durability=durability,  # type: ignore[arg-type]
-        created_at=created_at,
-        last_request=LastRequest(request_id, 1, position),
-        values=values,
-        answers=NO_ANSWERS,
-        words=NO_WORDS,
-    )

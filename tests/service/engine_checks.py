@@ -53,11 +53,11 @@ def check_kept(core: Core) -> None:
     assert not (sessions.is_due & ~sessions.is_dirty).any()
     assert (sessions.durability[sessions.is_dirty] != Durability.NONE).all()
     assert (sessions.stage[sessions.is_in_store & (sessions.next_run != NO_RUN)] == Stage.LOADING).all()
-    assert all(sessions.is_open[row] for row in keeping._withheld)
+    assert all(sessions.is_open[row] for row in keeping.withholding.rows)
     if keeping.num_writing == 0:
         assert not keeping._changed_at
         # What waits to be durable, waits for a write.
-        assert set(keeping._withheld) <= set(np.flatnonzero(sessions.is_dirty | sessions.is_leaving).tolist())
+        assert keeping.withholding.rows <= set(np.flatnonzero(sessions.is_dirty | sessions.is_leaving).tolist())
 
 
 def check_nothing_left(core: Core) -> None:
@@ -72,7 +72,7 @@ def check_nothing_left(core: Core) -> None:
     assert not core.generations
     assert not core.closing
     if core.keeping is not None:
-        assert not core.keeping._withheld
+        assert not core.keeping.withholding.rows
         assert not core.keeping._claims
         assert not core.keeping.requests
         assert core.keeping.num_writing == 0

@@ -8,8 +8,8 @@ from typing import Any
 
 from cellserve.v1.errors_pb2 import ErrorReason
 from cellserve_service.errors import Refusal
-from cellserve_service.keeping import AskStore, StoreRequest, WriteSessions
 from cellserve_service.messages import Command, StoreReply, StoreTrouble
+from cellserve_service.store_requests import AskStore, StoreRequest, WriteSessions
 from cellserve_service.stores.operations import Claimed, ClaimResult, Operation, Outcome, Save
 from tests.service.plain_store import PlainStore
 

@@ -6,10 +6,10 @@ import pytest
 from cellserve.v1.stream_pb2 import Durability, OpenMode
 from cellserve_service import messages
 from cellserve_service.engine import Engine
-from cellserve_service.keeping import AskStore, WriteSessions
 from cellserve_service.limits import EngineLimits
 from cellserve_service.outputs import NO_OUTPUTS
 from cellserve_service.statistics import Statistics
+from cellserve_service.store_requests import AskStore, WriteSessions
 from cellserve_service.stores.operations import Claimed, ClaimResult, Written
 from tests.support.steppers import FakeModel, FakeStepper
 

@@ -12,9 +12,9 @@ import pytest
 from cellserve_service import keeper as keeper_module
 from cellserve_service.errors import Refusal
 from cellserve_service.keeper import Keeper
-from cellserve_service.keeping import AskStore, WriteSessions
 from cellserve_service.messages import Command, StoreReply, StoreTrouble
 from cellserve_service.statistics import Statistics
+from cellserve_service.store_requests import AskStore, WriteSessions
 from cellserve_service.stores.operations import End, Load, Loaded, Operation, Outcome, Row, Save, StoreError, Written
 
 

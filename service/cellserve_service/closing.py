@@ -1,0 +1,124 @@
+"""Ends sessions: closes them when they are asked to, and expires them when they were idle for too long."""
+
+from collections.abc import Callable, Sequence
+
+from cellserve.v1.errors_pb2 import ErrorReason
+from cellserve_service.core import Core, Operation
+from cellserve_service.errors import Refusal, reason_name
+from cellserve_service.messages import CloseSessions, Done, SessionTarget
+from cellserve_service.sessions import NO_RUN, NO_STREAM
+from cellserve_service.store_requests import MOVED
+from cellserve_service.stores.operations import End, Outcome, Row, Written
+from cellserve_service.targets import Targets, done_event
+
+_CLOSED = ErrorReason.ERROR_REASON_SESSION_CLOSED
+_EXPIRED = ErrorReason.ERROR_REASON_SESSION_EXPIRED
+
+
+class Closing:
+    """Ends sessions, here and in the store."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._targets = Targets(core)
+
+    def close(self, command: CloseSessions) -> None:
+        """From now on ids and handles name nothing; the runs that were accepted before still run."""
+        core, sessions, target = self._core, self._core.sessions, command.target
+        for request, row in self._targets.rows(target):
+            durable = sessions.is_durable(row)
+            trouble = self._targets.trouble(row)
+            if trouble is not None:
+                core.refuse(target.stream, [request], [trouble])
+                continue
+            core.break_off_generation(row, Refusal(_CLOSED, "the session was closed"))
+            if int(sessions.owner[row]) != target.stream:
+                core.tell_owner(row, _CLOSED)
+                sessions.owner[row] = NO_STREAM
+            session_id = self._forget(row, _CLOSED)
+            if durable:
+                core.closing[session_id] = []
+            core.wake(row)
+
+            def execute(
+                request: int = request, row: int = row, session_id: str = session_id, durable: bool = durable
+            ) -> None:
+                position = int(sessions.position[row])
+                event = done_event(target.stream, request, 0, int(sessions.epoch[row]), position)
+                told = self._free(row, _CLOSED)
+                if not durable:
+                    core.events.append(event)
+                    return
+                self._end_stored(target, session_id, _CLOSED, position, event, told)
+                for go_on in core.closing.pop(session_id):
+                    go_on()
+
+            if sessions.next_run[row] == NO_RUN:
+                sessions.is_in_store[row] = False  # the state of a session that ends need not be fetched
+            core.when_idle(row, Operation(execute))
+
+    def close_stored(self, command: CloseSessions, request: int, stored: Row) -> None:
+        """End a stored session that cannot be made one of this server's."""
+        event = done_event(command.target.stream, request, 0, 0, stored.position)
+        self._end_stored(command.target, stored.session_id, _CLOSED, stored.position, event)
+
+    def _end_stored(
+        self,
+        target: SessionTarget | None,
+        session_id: str,
+        reason: ErrorReason.ValueType,
+        position: int,
+        event: Done | None,
+        told: Callable[[bool], None] | None = None,
+    ) -> None:
+        """Let the store know that a session has ended; then answer. told: gets whether it is stored."""
+        core = self._core
+        assert core.keeping is not None
+        forget_at = core.now + core.wall_offset + core.limits.ended_session_memory_seconds
+        request_id = "" if target is None else target.request_id
+
+        def done(outcomes: Sequence[Outcome]) -> None:
+            has_ended = outcomes[0] is not Written.FENCED
+            if told is not None:
+                told(has_ended)
+            if event is None:
+                return
+            if not has_ended:
+                core.refuse(event.stream, event.requests, [MOVED])
+            else:
+                core.events.append(event)
+
+        core.keeping.ask([End(session_id, reason, request_id, position, forget_at)], done)
+
+    def _forget(self, row: int, reason: ErrorReason.ValueType) -> str:
+        """A session ends here: its id names nothing any more, and it is not written any more."""
+        core, sessions = self._core, self._core.sessions
+        sessions.is_leaving[row] = True
+        sessions.is_dirty[row] = sessions.is_due[row] = False
+        session_id = sessions.forget_id(row)
+        if not sessions.is_durable(row):  # of the others the store knows, wherever they live again
+            sessions.remember_ended(session_id, reason, core.now)
+        return session_id
+
+    def expire(self) -> None:
+        """End sessions that were idle for too long; forget those that ended long ago."""
+        core, sessions = self._core, self._core.sessions
+        for row in sessions.idle_rows(core.now - core.limits.idle_timeout_seconds).tolist():
+            durable, position = sessions.is_durable(row), int(sessions.position[row])
+            core.tell_owner(row, _EXPIRED)
+            session_id = self._forget(row, _EXPIRED)
+            told = self._free(row, _EXPIRED)
+            if durable:
+                self._end_stored(None, session_id, _EXPIRED, position, None, told)
+        sessions.forget_ended(core.now - core.limits.ended_session_memory_seconds)
+
+    def _free(self, row: int, reason: ErrorReason.ValueType) -> Callable[[bool], None] | None:
+        """Free everything that an ended session still holds. Returns what must be told whether its end is stored."""
+        core, sessions, served = self._core, self._core.sessions, self._core.model_of(row)
+        told = None if core.keeping is None else core.keeping.withholding.end(row)
+        served.runs.forget(row)
+        served.slots.release(row)
+        core.statistics.sessions_closed[reason_name(reason)] += 1
+        core.statistics.session_lifetime.observe_one(core.now - float(sessions.created_at[row]))
+        sessions.free(row)
+        return told
