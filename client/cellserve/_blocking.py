@@ -242,6 +242,7 @@ class Client:
     ping = _blocking(AsyncClient.ping)
     models = _blocking(AsyncClient.models)
     sessions = _blocking(AsyncClient.sessions)
+    evict_session = _blocking(AsyncClient.evict_session)
     session = _entering(AsyncClient.session)
     open_session = _opening(AsyncClient.open_session)
     open_sessions = _opening_many(AsyncClient.open_sessions)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cellserve._hub import Hub
+from cellserve._identity import make_id
 from cellserve._info import ModelInfo, SessionInfo
 from cellserve._many import step_many
 from cellserve._opening import DurabilityName, OpenModeName, open_all
@@ -20,7 +21,7 @@ from cellserve._session import AsyncSession
 from cellserve._tokens import Tokens, Vectors
 from cellserve._transport import Metadata, Tls
 from cellserve.v1.model_service_pb2 import ListModelsRequest
-from cellserve.v1.session_service_pb2 import ListSessionsRequest
+from cellserve.v1.session_service_pb2 import CloseSessionRequest, ListSessionsRequest
 
 if TYPE_CHECKING:
     import grpc
@@ -81,6 +82,17 @@ class AsyncClient:
             if not response.next_page_token:
                 return sessions
             request.page_token = response.next_page_token
+
+    async def evict_session(self, id: str, *, timeout_seconds: float | None = None) -> int:  # noqa: A002
+        """End somebody's session, as an operator: returns its last position.
+
+        Whoever holds it, or asks for it in the time after, gets SessionEvicted. Accepted runs are finished before.
+        Raises SessionNotFound and its kin.
+        """
+        request = CloseSessionRequest(request_id=make_id(), session_id=id, evict=True)
+        deadline = self._hub.deadline(timeout_seconds)
+        response = await self._hub.call(lambda transport: transport.sessions.CloseSession, request, deadline)
+        return response.position
 
     @asynccontextmanager
     async def session(

@@ -1,4 +1,4 @@
-"""Ends sessions: closes them when they are asked to, and expires them when they were idle for too long."""
+"""Ends sessions: those that are closed, that were idle for too long, and that are evicted."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,13 +6,15 @@ from cellserve.v1.errors_pb2 import ErrorReason
 from cellserve_service.core import Core, Operation
 from cellserve_service.errors import Refusal, reason_name
 from cellserve_service.messages import CloseSessions, Done, SessionTarget
-from cellserve_service.sessions import NO_RUN, NO_STREAM
+from cellserve_service.sessions import ENDED_MESSAGE, NO_RUN, NO_STREAM
 from cellserve_service.store_requests import MOVED
 from cellserve_service.stores.operations import End, Outcome, Row, Written
 from cellserve_service.targets import Targets, done_event
 
 _CLOSED = ErrorReason.ERROR_REASON_SESSION_CLOSED
 _EXPIRED = ErrorReason.ERROR_REASON_SESSION_EXPIRED
+_EVICTED = ErrorReason.ERROR_REASON_SESSION_EVICTED
+_STALE = ErrorReason.ERROR_REASON_STALE_HANDLE
 
 
 class Closing:
@@ -25,17 +27,18 @@ class Closing:
     def close(self, command: CloseSessions) -> None:
         """From now on ids and handles name nothing; the runs that were accepted before still run."""
         core, sessions, target = self._core, self._core.sessions, command.target
+        reason = _EVICTED if command.evicts else _CLOSED
         for request, row in self._targets.rows(target):
             durable = sessions.is_durable(row)
             trouble = self._targets.trouble(row)
             if trouble is not None:
                 core.refuse(target.stream, [request], [trouble])
                 continue
-            core.break_off_generation(row, Refusal(_CLOSED, "the session was closed"))
+            core.break_off_generation(row, Refusal(reason, f"the session {ENDED_MESSAGE[reason]}"))
             if int(sessions.owner[row]) != target.stream:
-                core.tell_owner(row, _CLOSED)
+                core.tell_owner(row, reason)
                 sessions.owner[row] = NO_STREAM
-            session_id = self._forget(row, _CLOSED)
+            session_id = self._forget(row, reason)
             if durable:
                 core.closing[session_id] = []
             core.wake(row)
@@ -45,11 +48,11 @@ class Closing:
             ) -> None:
                 position = int(sessions.position[row])
                 event = done_event(target.stream, request, 0, int(sessions.epoch[row]), position)
-                told = self._free(row, _CLOSED)
+                told = self._free(row, reason)
                 if not durable:
                     core.events.append(event)
                     return
-                self._end_stored(target, session_id, _CLOSED, position, event, told)
+                self._end_stored(target, session_id, reason, position, event, told)
                 for go_on in core.closing.pop(session_id):
                     go_on()
 
@@ -60,7 +63,8 @@ class Closing:
     def close_stored(self, command: CloseSessions, request: int, stored: Row) -> None:
         """End a stored session that cannot be made one of this server's."""
         event = done_event(command.target.stream, request, 0, 0, stored.position)
-        self._end_stored(command.target, stored.session_id, _CLOSED, stored.position, event)
+        reason = _EVICTED if command.evicts else _CLOSED
+        self._end_stored(command.target, stored.session_id, reason, stored.position, event)
 
     def _end_stored(
         self,
@@ -104,13 +108,27 @@ class Closing:
         """End sessions that were idle for too long; forget those that ended long ago."""
         core, sessions = self._core, self._core.sessions
         for row in sessions.idle_rows(core.now - core.limits.idle_timeout_seconds).tolist():
-            durable, position = sessions.is_durable(row), int(sessions.position[row])
-            core.tell_owner(row, _EXPIRED)
-            session_id = self._forget(row, _EXPIRED)
-            told = self._free(row, _EXPIRED)
-            if durable:
-                self._end_stored(None, session_id, _EXPIRED, position, None, told)
+            self._end(row, _EXPIRED)
         sessions.forget_ended(core.now - core.limits.ended_session_memory_seconds)
+
+    def evict(self, row: int) -> None:
+        """Make an idle session give up its place: one that the store has is left to it, another one ends."""
+        core, sessions = self._core, self._core.sessions
+        if core.keeping is None or not sessions.is_durable(row):
+            self._end(row, _EVICTED)
+        else:
+            core.tell_owner(row, _STALE)
+            sessions.owner[row] = NO_STREAM
+            core.keeping.unload(row)
+
+    def _end(self, row: int, reason: ErrorReason.ValueType) -> None:
+        """End an idle session that nobody has asked to end."""
+        durable, position = self._core.sessions.is_durable(row), int(self._core.sessions.position[row])
+        self._core.tell_owner(row, reason)
+        session_id = self._forget(row, reason)
+        told = self._free(row, reason)
+        if durable:
+            self._end_stored(None, session_id, reason, position, None, told)
 
     def _free(self, row: int, reason: ErrorReason.ValueType) -> Callable[[bool], None] | None:
         """Free everything that an ended session still holds. Returns what must be told whether its end is stored."""

@@ -23,6 +23,7 @@ from cellserve_service.listing import Listing
 from cellserve_service.messages import Command, Event
 from cellserve_service.opening import Opening
 from cellserve_service.recalling import Recalling
+from cellserve_service.room import Room
 from cellserve_service.run_tick import RunTick
 from cellserve_service.runs import Kind
 from cellserve_service.served import ServedModel
@@ -54,16 +55,15 @@ class Engine:
         self.core = Core(sessions, served, limits, statistics, wall_offset=wall_offset)
         self.keeping = self.core.keeping = Keeping(self.core) if has_store else None
         self._admission = Admission(self.core)
-        self._opening = Opening(self.core)
         self._states = StateOperations(self.core)
         self._closing = Closing(self.core)
-        self._forking = Forking(self.core)
+        room = Room(self.core, self._closing)
+        self._opening = Opening(self.core, room)
+        self._forking = Forking(self.core, room)
         self._listing = Listing(self.core)
-        self._recalling = (
-            None
-            if self.keeping is None
-            else Recalling(self.core, self.keeping, self._closing, self._forking, lambda command: self._handle(command))
-        )
+        self._recalling = None
+        if self.keeping is not None:
+            self._recalling = Recalling(self.core, self.keeping, self._closing, self._forking, room, self._handle)
         self._turns = [(kind, model) for model in served for kind in (Kind.RUN, Kind.GENERATE)]
         self._turn = 0
         self._drained = False

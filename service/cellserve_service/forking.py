@@ -14,6 +14,7 @@ from cellserve_service.new_sessions import (
     no_more_sessions,
     session_limit,
 )
+from cellserve_service.room import Room
 from cellserve_service.served import ServedModel
 from cellserve_service.sessions import NO_STREAM, Durability
 from cellserve_service.stepping import FloatArray
@@ -26,8 +27,9 @@ from cellserve_service.targets import Targets
 class Forking:
     """Makes forks of sessions that are here, and of stored ones."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, room: Room) -> None:
         self._core = core
+        self._room = room
         self._targets = Targets(core)
 
     def fork(self, command: ForkSession) -> None:
@@ -45,8 +47,8 @@ class Forking:
         self, command: ForkSession, request: int, served: ServedModel, durability: int, position: int, state: FloatArray
     ) -> None:
         core, stream = self._core, command.target.stream
-        request_id, source = command.target.request_id, command.target.session_ids
-        fork_id = command.fork_id or made_id(request_id, "" if source is None else source[0])
+        request_id, sources = command.target.request_id, command.target.session_ids or ()
+        fork_id = command.fork_id or made_id(request_id, "".join(sources))
 
         def refuse(refusal: Refusal) -> None:
             core.statistics.sessions_rejected[reason_name(refusal.reason)] += 1
@@ -57,11 +59,12 @@ class Forking:
         if first is not None and request_id and first.request_id == request_id:
             core.events.append(SessionForked(stream, request, fork_id, first.position, first.epoch))
             return
-        refusal = self._check_fork(fork_id)
+        refusal = self._check_fork(fork_id, sources)
         if refusal is not None:
             refuse(refusal)
             return
         if durability == Durability.NONE or core.keeping is None:
+            self._room.make(1, sources)
             self._make_fork(command, request, served, fork_id, position, state)
             return
         created = first_row(
@@ -81,7 +84,7 @@ class Forking:
                 if (twin := core.sessions.row_by_id.get(fork_id)) is not None:
                     assert core.keeping is not None
                     core.keeping.lose(twin, MOVED)  # it was opened here meanwhile, and is not durable
-                if core.sessions.num_free:
+                if self._room.make(1, sources):
                     row = self._make_fork(command, request, served, fork_id, position, state, claimed.epoch)
                     core.sessions.durability[row] = durability
                     core.sessions.durable_position[row] = position
@@ -114,7 +117,7 @@ class Forking:
         core.events.append(SessionForked(command.target.stream, request, fork_id, position, epoch))
         return copy
 
-    def _check_fork(self, fork_id: str) -> Refusal | None:
+    def _check_fork(self, fork_id: str, sources: Sequence[str]) -> Refusal | None:
         malformed = check_session_id(fork_id)
         if malformed is not None:
             return malformed
@@ -122,4 +125,4 @@ class Forking:
             return no_more_sessions()
         if fork_id in self._core.sessions.row_by_id:
             return exists(f"session {fork_id!r} exists", "fork_session_id")
-        return None if self._core.sessions.num_free else session_limit(self._core)
+        return None if self._room.left(1, sources) else session_limit(self._core)

@@ -5,7 +5,7 @@ for each other.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,7 +79,7 @@ class Keeping:
     def _is_kept(self, rows: IntArray | int) -> NDArray[np.bool_]:
         """Which sessions are to be written."""
         sessions = self._core.sessions
-        kept: NDArray[np.bool_] = (sessions.durability[rows] != Durability.NONE) & ~sessions.is_leaving[rows]
+        kept: NDArray[np.bool_] = self._core.sessions.is_durable(rows) & ~sessions.is_leaving[rows]
         return kept
 
     def is_stored(self, rows: IntArray | int) -> NDArray[np.bool_]:
@@ -205,6 +205,11 @@ class Keeping:
     def begin_claims(self, session_ids: Iterable[str]) -> None:
         """The store is asked for sessions."""
         self._claims.update(session_ids)
+
+    @property
+    def claimed(self) -> Collection[str]:
+        """Sessions that the store is being asked for."""
+        return self._claims
 
     def end_claims(self, session_ids: Iterable[str]) -> None:
         """What came of it has been taken."""
@@ -345,6 +350,7 @@ class Keeping:
             and self.is_stored(row)
         ):
             sessions.forget_id(row)
+            sessions.is_in_store[row] = False  # the state of a session that leaves need not be fetched
             self.leave(row)
 
     def fetch_states(self, served: ServedModel, rows: IntArray) -> IntArray:

@@ -14,6 +14,7 @@ class EngineLimits:
     max_held_answers: int = 64
     max_held_answer_bytes: int = 65536
     max_answer_bytes: int = 1048576
+    evict_when_full: bool = False
     max_open_sessions: int = 10000
     max_parked_states: int = 65536
     max_checkpoints: int = 8

@@ -120,6 +120,7 @@ class RollbackSession:
 @dataclass(frozen=True, slots=True)
 class CloseSessions:
     target: SessionTarget
+    evicts: bool = False  # it is an operator who ends them
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ _DURABILITIES = frozenset(ContractDurability.values())
 EXISTING = frozenset((OpenMode.OPEN_MODE_ATTACH, OpenMode.OPEN_MODE_RESUME))
 
 
-def check(core: Core, command: OpenSessions, ids: Sequence[str], num_coming: int) -> dict[int, Refusal]:
-    """Refusals by place. num_coming: sessions that the store is being asked for, each of which needs room."""
+def check(core: Core, command: OpenSessions, ids: Sequence[str], room: int) -> dict[int, Refusal]:
+    """Refusals by place. room: for so many new sessions."""
     served = core.model_named(command.model)
     everywhere = _check_command(core, command, served)
     if everywhere is not None or served is None:
@@ -27,7 +27,6 @@ def check(core: Core, command: OpenSessions, ids: Sequence[str], num_coming: int
         return dict.fromkeys(range(len(ids)), everywhere)
     refusals: dict[int, Refusal] = {}
     seen: set[str] = set()
-    room = core.sessions.num_free - num_coming
     for place, session_id in enumerate(ids):
         refusal = check_one(core, command, served, place, session_id, seen)
         seen.add(session_id)

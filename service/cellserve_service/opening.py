@@ -3,7 +3,7 @@
 With a state store, what is to be durable, and what may be stored, is claimed there before it is opened here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from cellserve.v1.errors_pb2 import ErrorReason
 from cellserve.v1.stream_pb2 import Durability as ContractDurability
@@ -14,6 +14,7 @@ from cellserve_service.errors import Refusal
 from cellserve_service.messages import OpenSessions
 from cellserve_service.new_sessions import exists, first_row, made_id, session_limit
 from cellserve_service.open_checks import EXISTING, check, check_one, holder_of, resumed_by_another
+from cellserve_service.room import Room
 from cellserve_service.sessions import Durability
 from cellserve_service.store_requests import MOVED
 from cellserve_service.stores.operations import Claim, ClaimAll, Claimed, ClaimMode, ClaimResult, Outcome
@@ -32,8 +33,9 @@ _CLAIM_MODES = {
 class Opening:
     """Opens sessions of one command after the other."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, room: Room) -> None:
         self._core = core
+        self._room = room
         self._taking_over = TakingOver(core)
         self._num_coming = 0  # sessions of which the store has been asked
 
@@ -46,7 +48,8 @@ class Opening:
         if ending is not None:
             self._core.closing[ending].append(lambda: self.open(command))
             return
-        refusals = check(self._core, command, ids, self._num_coming)
+        wanted = self._num_coming + len(self._new(ids))
+        refusals = check(self._core, command, ids, self._room.left(wanted, ids) - self._num_coming)
         if refusals:
             self._taking_over.refuse(command, ids, refusals)
             if command.all_or_none:
@@ -63,10 +66,16 @@ class Opening:
         if here:
             self._open(command, ids, here)
 
+    def _new(self, session_ids: Iterable[str]) -> list[str]:
+        """Those that are not here."""
+        row_by_id = self._core.sessions.row_by_id
+        return [session_id for session_id in session_ids if session_id not in row_by_id]
+
     def _open(self, command: OpenSessions, ids: Sequence[str], places: Sequence[int]) -> None:
         """Open sessions that concern no state store."""
         row_by_id = self._core.sessions.row_by_id
         new = [place for place in places if ids[place] not in row_by_id]
+        self._room.make(len(new), ids)
         opened = [
             OpenedRow(place, ids[place], row_by_id[ids[place]], False) for place in places if ids[place] in row_by_id
         ]
@@ -93,12 +102,12 @@ class Opening:
         return Durability.NONE if self._core.keeping is None else Durability.PERIODIC
 
     def _claim(self, command: OpenSessions, ids: Sequence[str], places: Sequence[int], *, looked: bool = False) -> None:
-        core, keeping = self._core, self._core.keeping
+        keeping = self._core.keeping
         assert keeping is not None
         # Before a session is taken over it is looked for whether this is the repeat of the call that made it.
         looks = not looked and bool(command.request_id) and _CLAIM_MODES[command.mode] is ClaimMode.ATTACH_OR_CREATE
         claims = [self._make_claim(command, ids[place], place, looks=looks) for place in places]
-        num_new = sum(ids[place] not in core.sessions.row_by_id for place in places)
+        num_new = len(self._new([ids[place] for place in places]))
         self._num_coming += num_new
         keeping.begin_claims(ids[place] for place in places)
 
@@ -118,19 +127,22 @@ class Opening:
             come()
 
         def failed(refusal: Refusal) -> None:
+            self._go_without(command, ids, places, refusal)
             come()
-            if self._durability(command) != Durability.NONE or command.mode in EXISTING:
-                self._taking_over.refuse(command, ids, dict.fromkeys(places, refusal))
-                return
-            # A server without its store still serves sessions that need none.
-            refused = {place: refusal for place in places if self._is_durable(ids[place])}
-            if refused:
-                self._taking_over.refuse(command, ids, refused)
-            if not refused or not command.all_or_none:
-                others = [place for place in places if place not in refused]
-                self._take_claimed(command, ids, others, [Claimed(ClaimResult.MISSING)] * len(others))
 
         keeping.ask([ClaimAll(claims)] if command.all_or_none else claims, done, failed)
+
+    def _go_without(self, command: OpenSessions, ids: Sequence[str], places: Sequence[int], refusal: Refusal) -> None:
+        """The store does not answer. A server without its store still serves sessions that need none."""
+        if self._durability(command) != Durability.NONE or command.mode in EXISTING:
+            self._taking_over.refuse(command, ids, dict.fromkeys(places, refusal))
+            return
+        refused = {place: refusal for place in places if self._is_durable(ids[place])}
+        if refused:
+            self._taking_over.refuse(command, ids, refused)
+        if not refused or not command.all_or_none:
+            others = [place for place in places if place not in refused]
+            self._take_claimed(command, ids, others, [Claimed(ClaimResult.MISSING)] * len(others))
 
     def _make_claim(self, command: OpenSessions, session_id: str, place: int, *, looks: bool) -> Claim:
         core, served = self._core, self._core.model_named(command.model)
@@ -209,7 +221,7 @@ class Opening:
                 if row is not None:
                     # What was here of this id has ended elsewhere.
                     keeping.lose(row, MOVED)
-                if not sessions.num_free:
+                if not self._room.make(1):
                     return session_limit(core)
                 [created] = self._taking_over.create(command, {place: session_id}, [place])
                 sessions.durability[created.row] = self._durability(command)
@@ -229,7 +241,7 @@ class Opening:
                     keeping.lose(row, MOVED)
                 if claimed.row is None:
                     return None
-                if not sessions.num_free:
+                if not self._room.make(1):
                     return session_limit(core)
                 adopted = adopt(core, claimed.row, claimed.epoch)
                 if isinstance(adopted, Refusal):
@@ -274,7 +286,7 @@ class Opening:
             missing = core.sessions.resolve_id(session_id) if ended is None else ended_refusal(session_id, ended)
             assert isinstance(missing, Refusal)
             return missing
-        if not core.sessions.num_free:
+        if not self._room.make(1):
             return session_limit(core)
         return self._taking_over.create(command, {place: session_id}, [place])[0]
 

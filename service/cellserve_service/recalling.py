@@ -27,6 +27,7 @@ from cellserve_service.messages import (
     StateExported,
 )
 from cellserve_service.new_sessions import session_limit
+from cellserve_service.room import Room
 from cellserve_service.store_requests import MOVED
 from cellserve_service.stores.operations import (
     Claim,
@@ -56,12 +57,19 @@ class Recalling:
     """Commands that wait for the state store to tell of their session."""
 
     def __init__(
-        self, core: Core, keeping: Keeping, closing: Closing, forking: Forking, handle: Callable[[Command], None]
+        self,
+        core: Core,
+        keeping: Keeping,
+        closing: Closing,
+        forking: Forking,
+        room: Room,
+        handle: Callable[[Command], None],
     ) -> None:
         self._core = core
         self._keeping = keeping
         self._closing = closing
         self._forking = forking
+        self._room = room
         self._handle = handle
         self._waiting: dict[tuple[int, int], bool] = {}  # by stream and request: whether it was cancelled
 
@@ -133,7 +141,7 @@ class Recalling:
         core = self._core
         if claimed.row is not None and claimed.result in (ClaimResult.TAKEN, ClaimResult.KEPT):
             row: int | Refusal = session_limit(core)
-            if core.sessions.num_free:
+            if self._room.make(1):
                 row = adopt(core, claimed.row, claimed.epoch)
             if not isinstance(row, Refusal):
                 self._handle(command)

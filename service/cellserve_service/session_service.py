@@ -155,7 +155,11 @@ class SessionServicer:
 
     async def close_session(self, request: pb.CloseSessionRequest, context: Context) -> pb.CloseSessionResponse:
         async def call() -> pb.CloseSessionResponse:
-            done = await self._ask_of(request.session_id, messages.CloseSessions, request.request_id)
+            done = await self._ask_of(
+                request.session_id,
+                lambda target: messages.CloseSessions(target, request.evict),
+                request.request_id,
+            )
             assert isinstance(done, messages.Done)
             return pb.CloseSessionResponse(position=int(done.positions[0]))
 

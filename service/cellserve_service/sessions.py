@@ -3,7 +3,7 @@
 import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,9 +104,14 @@ class SessionTable:
     def __len__(self) -> int:
         return self.capacity - self._num_free
 
-    def is_durable(self, row: int) -> bool:
-        """Whether the store is to have the session."""
-        return bool(self.durability[row] != Durability.NONE)
+    @overload
+    def is_durable(self, rows: int) -> bool: ...
+    @overload
+    def is_durable(self, rows: IntArray) -> NDArray[np.bool_]: ...
+    def is_durable(self, rows: IntArray | int) -> NDArray[np.bool_] | bool:
+        """Whether the store is to have a session, or which of several."""
+        durable: NDArray[np.bool_] = self.durability[rows] != Durability.NONE
+        return durable if isinstance(rows, np.ndarray) else bool(durable)
 
     @property
     def num_free(self) -> int:

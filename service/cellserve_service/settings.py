@@ -67,6 +67,9 @@ class Settings(BaseSettings):
         "long as the server.",
     )
     max_sessions: int = Field(65536, ge=1, le=2**31 - 1, description="Sessions that can be open at once.")
+    evict_when_full: bool = Field(
+        False, description="Make room for new sessions by ending the longest idle ones; they are told."
+    )
     max_slots: int = Field(
         65536,
         ge=1,
@@ -138,6 +141,7 @@ class Settings(BaseSettings):
         """The bounds that the engine keeps."""
         return EngineLimits(
             max_sessions=self.max_sessions,
+            evict_when_full=self.evict_when_full,
             max_run_tokens=self.max_run_tokens,
             max_session_pending_tokens=self.max_session_pending_tokens,
             max_pending_tokens=self.max_pending_tokens,

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from cellserve import Client
+from cellserve.errors import SessionEvicted
 from tests.support.cli import Cellserve
 from tests.support.server import ServerProcess
 
@@ -67,3 +68,18 @@ def test_the_server_may_be_named_by_the_environment(
 ) -> None:
     monkeypatch.setenv("CELLSERVE_SERVER", server.target)
     assert "pycode" in cellserve.run_plain("models")
+
+
+def test_an_operator_ends_sessions_and_their_holders_are_told(cellserve: Cellserve, server: ServerProcess) -> None:
+    with Client(server.target) as client:
+        first = client.open_session("tiny-gru", id="evicted-1")
+        second = client.open_session("tiny-gru", id="evicted-2")
+        first.step([1, 2, 3])
+        assert cellserve.json("evict", "evicted-1") == {"evicted-1": 3}
+        assert cellserve.text("evict", "evicted-2") == "evicted-2 ended at position 0\n"
+        for session in (first, second):
+            with pytest.raises(SessionEvicted):
+                session.step([1])
+        with pytest.raises(SessionEvicted):
+            client.open_session("tiny-gru", id="evicted-1", mode="attach")
+        assert not {"evicted-1", "evicted-2"} & {session.id for session in client.sessions()}

@@ -274,12 +274,12 @@ class Driver(SideBySide):
             stream, sessions, messages.ResetSessions, lambda s, request: self.plain.replace(s, stream, request, None)
         )
 
-    def close(self, stream: int, *sessions: int | str) -> list[int]:
+    def close(self, stream: int, *sessions: int | str, evicts: bool = False) -> list[int]:
         return self._operate(
             stream,
             sessions,
-            messages.CloseSessions,
-            lambda s, request: self.plain.close(s, stream, request),
+            lambda target: messages.CloseSessions(target, evicts),
+            lambda s, request: self.plain.close(s, stream, request, evicts=evicts),
             refuse_busy=False,
         )
 

@@ -27,7 +27,7 @@ from tests.support.steppers import FakeModel, Outputs
 
 __all__ = ["KeepingClient", "Line", "Sent", "flipped"]
 
-GONE = {"SESSION_NOT_FOUND", "SESSION_EXPIRED", "SESSION_CLOSED"}
+GONE = {"SESSION_NOT_FOUND", "SESSION_EXPIRED", "SESSION_CLOSED", "SESSION_EVICTED"}
 PASSING = {"STORE_UNAVAILABLE", "DRAINING", "SESSION_LIMIT", "SESSION_MOVED", "SESSION_BUSY", "QUEUE_FULL"}
 OF_RUNS = PASSING | {"STALE_HANDLE", "POSITION_GAP", "RUN_CANCELLED"}
 STOPS = (2,)
@@ -463,8 +463,11 @@ class KeepingClient:
             self._told_durable(record)
         elif record.kind == "ended" and holds:
             self.grip = None
-            assert record.facts[0] in {"SESSION_MOVED", "STALE_HANDLE", "SESSION_CLOSED", "SESSION_EXPIRED"} or (
-                record.facts[0] == "STATE_DAMAGED" and self.is_damaged
+            reason = record.facts[0]
+            assert (
+                reason in {"SESSION_MOVED", "STALE_HANDLE", "SESSION_CLOSED", "SESSION_EXPIRED"}
+                or (reason == "STATE_DAMAGED" and self.is_damaged)
+                or (reason == "SESSION_EVICTED" and self._can_be_evicted)
             )
         asked = self.asked.get((replica, record.stream, record.request))
         if asked is None:
@@ -553,12 +556,20 @@ class KeepingClient:
         if self.op is not None and self.op.kind == "close":
             if asked.kind != "op":
                 return  # it may have been done, and its answer is under way
-            assert self._may_have_expired(), (asked.kind, reason)
-        assert self._may_have_expired(), (asked.kind, reason)
+            assert self._may_have_ended(), (asked.kind, reason)
+        assert self._may_have_ended(), (asked.kind, reason)
         self._end()
 
     def _has_expired(self, row: Row | None) -> bool:
         return row is None and self._may_have_expired()
+
+    @property
+    def _can_be_evicted(self) -> bool:
+        """A durable session is left to the store instead."""
+        return not self.is_durable and self.fleet.limits.evict_when_full
+
+    def _may_have_ended(self) -> bool:
+        return self._can_be_evicted or self._may_have_expired()
 
     def _may_have_expired(self) -> bool:
         idle = self.fleet.now - self.touched

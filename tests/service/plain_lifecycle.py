@@ -77,6 +77,9 @@ class PlainSessions:
             return
         for place, reason in refused.items():
             self.refuse(stream, requests[place], reason)
+        self._make_room(
+            [name for place, name in enumerate(ids) if place not in refused and name not in self.sessions], ids
+        )
         opened: dict[int, Callable[[], None]] = {}
         missing = len(ids) - len(refused)
 
@@ -115,7 +118,7 @@ class PlainSessions:
         if mode == OpenMode.OPEN_MODE_RESUME:  # the driver gives no marks
             return dict.fromkeys(range(len(ids)), "INVALID_INPUT")
         refused: dict[int, str] = {}
-        num_left = self.limits.max_sessions - len(self.everything)
+        num_left = self.limits.max_sessions - len(self.everything) + len(self._evictable(ids))
         for place, session_id in enumerate(ids):
             found = self.by_id(session_id)
             if session_id in ids[:place]:
@@ -131,6 +134,16 @@ class PlainSessions:
             elif mode == OpenMode.OPEN_MODE_CREATE or states is not None or found.model.name != model:
                 refused[place] = "SESSION_EXISTS"
         return refused
+
+    def _evictable(self, keep: Sequence[str]) -> list[PlainSession]:
+        """Idle sessions that make room, the longest idle first."""
+        idle = [session for session in self.sessions.values() if not session.chain and session.id not in keep]
+        return sorted(idle, key=lambda s: (s.last_used, s.row)) if self.limits.evict_when_full else []
+
+    def _make_room(self, new: Sequence[str], keep: Sequence[str]) -> None:
+        missing = len(self.everything) + len(new) - self.limits.max_sessions
+        for session in self._evictable(keep)[: max(missing, 0)]:
+            self._end(session, "SESSION_EVICTED")
 
     def create(self, session_id: str, model: FakeModel, stream: int, state: InitialState | None) -> PlainSession:
         values = model.zero_state() if state is None else state.values
@@ -197,9 +210,10 @@ class PlainSessions:
                 self.refuse(stream, request, "DRAINING")
             elif fork_id in self.sessions:
                 self.refuse(stream, request, "SESSION_EXISTS")
-            elif len(self.everything) >= self.limits.max_sessions:
+            elif len(self.everything) >= self.limits.max_sessions and not self._evictable([session.id]):
                 self.refuse(stream, request, "SESSION_LIMIT")
             else:
+                self._make_room([fork_id], [session.id])
                 state = InitialState(b"", session.position, session.state)
                 self.create(fork_id, session.model, 0, state)
                 self.say("forked", stream, request, fork_id, session.position, 1)
@@ -213,13 +227,14 @@ class PlainSessions:
 
         self.when_idle(session, act)
 
-    def close(self, session: PlainSession, stream: int, request: int) -> None:
-        self.break_off(session, "SESSION_CLOSED")
+    def close(self, session: PlainSession, stream: int, request: int, *, evicts: bool = False) -> None:
+        reason = "SESSION_EVICTED" if evicts else "SESSION_CLOSED"
+        self.break_off(session, reason)
         if session.owner != stream:
             if session.owner:
-                self.say("ended", session.owner, 0, "SESSION_CLOSED", grip=session.grip)
+                self.say("ended", session.owner, 0, reason, grip=session.grip)
             session.owner = 0
-        self._forget(session, "SESSION_CLOSED")
+        self._forget(session, reason)
         self.closing.append(session)
 
         def act() -> None:
@@ -234,13 +249,16 @@ class PlainSessions:
         self.ended[session.id] = (reason, self.now)
         session.grip = None
 
+    def _end(self, session: PlainSession, reason: str) -> None:
+        if session.owner:
+            self.say("ended", session.owner, 0, reason, grip=session.grip)
+        self._forget(session, reason)
+        session.ended = True
+
     def sweep(self) -> None:
         for session in list(self.sessions.values()):
             if not session.chain and session.last_used < self.now - self.limits.idle_timeout_seconds:
-                if session.owner:
-                    self.say("ended", session.owner, 0, "SESSION_EXPIRED", grip=session.grip)
-                self._forget(session, "SESSION_EXPIRED")
-                session.ended = True
+                self._end(session, "SESSION_EXPIRED")
         horizon = self.now - self.limits.ended_session_memory_seconds
         self.ended = {name: (why, at) for name, (why, at) in self.ended.items() if at >= horizon}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,9 +51,10 @@ class EngineMachine(RuleBasedStateMachine):
 
     limits = LIMITS
 
-    @initialize(num_slots=st.integers(1, 3), max_batch=st.integers(1, 4))
-    def begin(self, num_slots: int, max_batch: int) -> None:
-        self.driver = Driver(self.limits, num_slots=num_slots, max_batch=max_batch)
+    @initialize(num_slots=st.integers(1, 3), max_batch=st.integers(1, 4), evicts=st.booleans())
+    def begin(self, num_slots: int, max_batch: int, evicts: bool) -> None:
+        limits = replace(self.limits, evict_when_full=evicts)
+        self.driver = Driver(limits, num_slots=num_slots, max_batch=max_batch)
         self.streams = [self.driver.new_stream(), self.driver.new_stream()]
         self.driver.open(self.streams[0], ["a", "b", "c"])
         self.driver.open(self.streams[1], ["d"], model="vectors")
@@ -227,7 +229,7 @@ class EngineMachine(RuleBasedStateMachine):
             case "reset":
                 self.driver.reset(UNARY, session_id)
             case "close":
-                self.driver.close(UNARY, session_id)
+                self.driver.close(UNARY, session_id, evicts=data.draw(st.booleans()))
             case "export":
                 self.driver.export(session_id)
             case "import":

@@ -19,12 +19,14 @@ from tests.service.plain_store import Living
 from tests.service.records import Record
 from tests.service.side_by_side import TOKENS, UNARY
 
+LIMITS = EngineLimits(max_sessions=6)
+
 
 class Pair:
     """Two replicas, and all that they say."""
 
-    def __init__(self, **limits: int) -> None:
-        self.fleet = Fleet(replace(EngineLimits(max_sessions=6), **limits), model=TOKENS, num_slots=2, max_batch=2)
+    def __init__(self, limits: EngineLimits = LIMITS) -> None:
+        self.fleet = Fleet(limits, model=TOKENS, num_slots=2, max_batch=2)
         self.first, self.second = self.fleet.replicas
         self.said: list[Record] = []
         self.fleet.listeners.append(lambda replica, record, handle: self.said.append(record))

@@ -2,7 +2,7 @@
 
 from cellserve_service.limits import EngineLimits
 from cellserve_service.outputs import At, OutputSpec
-from tests.service.driving import Driver, Row
+from tests.service.driving import UNARY, Driver, Row
 
 EVERY = OutputSpec(at=At.EVERY, next_token=True, states=True)
 
@@ -116,4 +116,52 @@ def test_the_slots_of_ended_sessions_are_given_to_others_who_see_nothing_of_them
         driver.settle()
         driver.pass_time(6.0)
         driver.sweep()
+    driver.end()
+
+
+def test_a_full_server_that_may_evict_ends_the_longest_idle_session_and_tells_its_holder() -> None:
+    driver = Driver(EngineLimits(max_sessions=3, evict_when_full=True))
+    stream = driver.new_stream()
+    handles = {}
+    for name in "abc":
+        handles[name] = driver.opened(stream, name)
+        driver.pass_time(1.0)
+    driver.run(stream, Row(handles["a"], [1], 0))
+    driver.settle()
+    driver.pass_time(1.0)
+    driver.open(stream, ["d"])
+    assert [record.facts for record in driver.said if record.kind == "ended"] == [("SESSION_EVICTED",)]
+    driver.run(stream, Row(handles["b"], [1], 0))
+    assert driver.reasons == ["STALE_HANDLE"]
+    driver.get("b")
+    assert driver.reasons == ["SESSION_EVICTED"]
+    assert driver.statistics.sessions_closed == {"SESSION_EVICTED": 1}
+    driver.end()
+
+
+def test_what_is_asked_for_and_what_has_something_to_do_is_not_evicted() -> None:
+    driver = Driver(EngineLimits(max_sessions=3, evict_when_full=True))
+    stream = driver.new_stream()
+    a, _, c = (driver.opened(stream, name) for name in "abc")
+    driver.run(stream, Row(a, [1], 0))
+    driver.run(stream, Row(c, [1], 0))
+    driver.open(stream, ["b", "d"])
+    assert driver.reasons == ["SESSION_LIMIT"]
+    assert set(driver.plain.sessions) == {"a", "b", "c"}
+    driver.fork("b", "e")
+    assert driver.reasons == ["SESSION_LIMIT"]
+    driver.settle()
+    driver.fork("b", "e")
+    assert set(driver.plain.sessions) == {"b", "c", "e"}
+    driver.end()
+
+
+def test_an_operator_evicts_a_session_and_its_holder_is_told_so() -> None:
+    driver = Driver()
+    stream = driver.new_stream()
+    driver.opened(stream, "a")
+    driver.close(UNARY, "a", evicts=True)
+    assert [record.facts for record in driver.said if record.kind == "ended"] == [("SESSION_EVICTED",)]
+    driver.get("a")
+    assert driver.reasons == ["SESSION_EVICTED"]
     driver.end()

@@ -45,9 +45,16 @@ CREATING = (OpenMode.OPEN_MODE_UNSPECIFIED, OpenMode.OPEN_MODE_CREATE, OpenMode.
 class StoreMachine(RuleBasedStateMachine):
     """Clients do as they please; the rules decide when the store does what, and what breaks."""
 
-    @initialize(num_slots=st.integers(1, 3), max_parked=st.integers(0, 1))
-    def begin(self, num_slots: int, max_parked: int) -> None:
-        limits = replace(LIMITS, max_parked_states=max_parked)
+    @initialize(
+        num_slots=st.integers(1, 3),
+        max_parked=st.integers(0, 1),
+        max_sessions=st.sampled_from([3, 6]),
+        evicts=st.booleans(),
+    )
+    def begin(self, num_slots: int, max_parked: int, max_sessions: int, evicts: bool) -> None:
+        limits = replace(
+            LIMITS, max_parked_states=max_parked, max_sessions=max_sessions, evict_when_full=evicts or max_sessions < 6
+        )
         self.fleet = Fleet(limits, model=TOKENS, num_slots=num_slots, max_batch=2)
         for replica in self.fleet.replicas:
             replica.new_stream()
@@ -168,7 +175,7 @@ class StoreMachine(RuleBasedStateMachine):
                 free = [
                     other.id
                     for other in self.clients.values()
-                    if not other.is_open and not other.tried and other.durability == client.durability
+                    if not (other.is_open or other.tried or other.asked) and other.durability == client.durability
                 ]
                 if not free:
                     return

@@ -25,6 +25,7 @@ _INTERRUPTED: Final = 130
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 app.command("models")(listing.models)
 app.command("sessions")(listing.sessions)
+app.command("evict")(listing.evict)
 app.command("step")(step.step)
 app.command("score")(score.score)
 app.command("generate")(generate.generate)

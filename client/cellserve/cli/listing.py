@@ -1,4 +1,4 @@
-"""`cellserve models` and `cellserve sessions`: what a server holds."""
+"""`cellserve models`, `cellserve sessions` and `cellserve evict`: what a server holds, and what it shall not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cellserve.cli.options import JsonOption, ModelOption, ServerOption, options
 from cellserve.cli.output import make_console, make_table, write_json
 from cellserve.cli.problems import sync_client
 
-__all__ = ["models", "sessions"]
+__all__ = ["evict", "models", "sessions"]
 
 
 def models(context: typer.Context, server: ServerOption = None, writes_json: JsonOption = False) -> None:
@@ -76,6 +76,27 @@ def sessions(
     console.print(table)
     if len(shown) < len(found):
         console.print(f"and {len(found) - len(shown):,} more; see --limit")
+
+
+def evict(
+    context: typer.Context,
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Sessions, as `cellserve sessions` names them.")],
+    server: ServerOption = None,
+    writes_json: JsonOption = False,
+) -> None:
+    """End sessions, whoever holds them; who asks for one afterwards is told that it was evicted.
+
+    JSON: an object with the last position of each. The first that cannot be ended stops the command.
+    """
+    options = options_of(context, server=server, writes_json=writes_json)
+    positions: dict[str, int] = {}
+    with sync_client(options.server) as client:
+        for session_id in ids:
+            positions[session_id] = client.evict_session(session_id)
+            if not options.writes_json:
+                typer.echo(f"{session_id} ended at position {positions[session_id]:,}")
+    if options.writes_json:
+        write_json(positions)
 
 
 def _input_of(model: ModelInfo) -> str:

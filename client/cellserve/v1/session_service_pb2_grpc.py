@@ -36,8 +36,8 @@ class SessionServiceStub(object):
     One writer at a time. Opening or attaching an existing id takes the session over: its epoch grows, the earlier
     holder's queued runs are withdrawn (SESSION_MOVED), the running one finishes, and the earlier holder is refused
     from then on. GetSession, ListSessions, ExportSession, ForkSession, Step and Generate take nothing over on the server
-    that has the session; the others, Step and Generate among them, move a session of another server of the same state
-    store here, as an attach would.
+    that has the session. Of a session that another server of the same state store has, the first four tell what is
+    stored; Step, Generate and every call that changes it move it here first, as an attach would.
 
     Retries. A run of n tokens sent for position p meets a session that has consumed and accepted P tokens:
     P = p: it runs.
@@ -139,8 +139,8 @@ class SessionServiceServicer(object):
     One writer at a time. Opening or attaching an existing id takes the session over: its epoch grows, the earlier
     holder's queued runs are withdrawn (SESSION_MOVED), the running one finishes, and the earlier holder is refused
     from then on. GetSession, ListSessions, ExportSession, ForkSession, Step and Generate take nothing over on the server
-    that has the session; the others, Step and Generate among them, move a session of another server of the same state
-    store here, as an attach would.
+    that has the session. Of a session that another server of the same state store has, the first four tell what is
+    stored; Step, Generate and every call that changes it move it here first, as an attach would.
 
     Retries. A run of n tokens sent for position p meets a session that has consumed and accepted P tokens:
     P = p: it runs.
@@ -347,8 +347,8 @@ class SessionService(object):
     One writer at a time. Opening or attaching an existing id takes the session over: its epoch grows, the earlier
     holder's queued runs are withdrawn (SESSION_MOVED), the running one finishes, and the earlier holder is refused
     from then on. GetSession, ListSessions, ExportSession, ForkSession, Step and Generate take nothing over on the server
-    that has the session; the others, Step and Generate among them, move a session of another server of the same state
-    store here, as an attach would.
+    that has the session. Of a session that another server of the same state store has, the first four tell what is
+    stored; Step, Generate and every call that changes it move it here first, as an attach would.
 
     Retries. A run of n tokens sent for position p meets a session that has consumed and accepted P tokens:
     P = p: it runs.

@@ -742,8 +742,9 @@ Global___DurableEvent: _TypeAlias = DurableEvent  # noqa: Y015
 
 @_typing.final
 class EndedEvent(_message.Message):
-    """Sessions that this stream has lost without asking: SESSION_EXPIRED, SESSION_EVICTED, SESSION_CLOSED (by somebody else),
-    SESSION_MOVED, or STALE_HANDLE (its epoch changed by a unary call: attach again).
+    """Sessions that this stream has lost without asking: SESSION_EXPIRED, SESSION_EVICTED, SESSION_CLOSED (by somebody
+    else), SESSION_MOVED, STATE_DAMAGED (its stored row cannot be read), or STALE_HANDLE (its epoch changed by a unary
+    call, or a full server has left it to the state store: attach again).
     """
 
     DESCRIPTOR: _descriptor.Descriptor
