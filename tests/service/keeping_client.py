@@ -168,9 +168,10 @@ class KeepingClient:
         return f"<{self.id} {line} asked={list(self.asked.values())} op={self.op} runs={self.runs}>"
 
     def check_drained(self) -> None:
-        """What was answered is stored."""
+        """What was answered is stored, but for what the server has forgotten in a crash and not been sent again."""
         if self.op is None and self.line is not None and not self.is_damaged and not self.stranger_asked:
-            self._check_stored(max((run.end for run in self.runs if run.answered), default=self.line.start))
+            answered = [run.end for run in self.runs if run.answered and run not in self.unsent]
+            self._check_stored(max(answered, default=self.line.start))
 
     # Opening.
 
@@ -520,7 +521,7 @@ class KeepingClient:
             self._gone(asked, reason)
             return
         if reason == "STATE_DAMAGED":
-            assert self.is_damaged
+            assert self.is_damaged or not self.is_open  # it has been closed since
             self.grip = None
             if asked.kind == "op" and asked.what is self.op:
                 self.op = None
