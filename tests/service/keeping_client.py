@@ -207,10 +207,13 @@ class KeepingClient:
         assert isinstance(position, int)
         assert isinstance(epoch, int)
         assert isinstance(durable, int)
+        if self.line is None and not created and not asked.cursor:
+            # It was told as expired; a stranger had it on a server that had not yet looked, and it has come back.
+            assert self.stranger_asked, "it was never created"
+            self._begin(self.lines[-1])
         if self.line is None:
             assert self.birth is not None
             assert durability == self.durability
-            assert created or asked.cursor, "it was never created"
             assert position == self.birth.start
             self._begin(self.birth)
             self.durable, self.last_op = durable, None
