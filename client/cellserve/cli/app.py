@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
-from cellserve.cli import generate, listing, score, step, top
+from cellserve.cli import bench, generate, listing, score, step, top
 from cellserve.cli.options import (
     DEFAULT_METRICS_URL,
     DEFAULT_SERVER,
@@ -29,6 +29,7 @@ app.command("step")(step.step)
 app.command("score")(score.score)
 app.command("generate")(generate.generate)
 app.command("top")(top.top)
+app.command("bench")(bench.bench)
 
 
 @app.callback(invoke_without_command=True)
