@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from cellserve.load.driving import Driver, run_precisely
+from cellserve.load.driving import Driver, Loaded, run_precisely
 from cellserve.load.mix import Mix, MixError, Work, parse_mix
 from cellserve.load.results import LoadResult, Recorder
 from cellserve.load.schedule import even_times, poisson_times
@@ -14,6 +14,7 @@ from cellserve.load.search import Trial, most_sessions
 __all__ = [
     "Driver",
     "LoadResult",
+    "Loaded",
     "Mix",
     "MixError",
     "Recorder",

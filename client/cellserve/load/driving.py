@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Coroutine, Iterator, Sequence
-from typing import Any, Final, Literal, TypeVar
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from cellserve.load.mix import Mix, Work
 from cellserve.load.results import LoadResult, Recorder
 from cellserve.load.schedule import even_times, poisson_times
 
-__all__ = ["Driver", "run_precisely"]
+__all__ = ["Driver", "Loaded", "run_precisely"]
 
 ResultT = TypeVar("ResultT")
 
@@ -25,6 +25,17 @@ _BLOCK_REQUESTS: Final = 256  # drawn at once for a session without a schedule
 _EARLY_SECONDS: Final = 50e-6
 
 
+class Loaded(Protocol):
+    """What is loaded: an AsyncSession, or what a benchmark puts in its place."""
+
+    @property
+    def position(self) -> int: ...
+
+    async def step(self, tokens: Any, /) -> object: ...
+
+    def generate(self, max_tokens: int, /) -> AsyncIterator[int]: ...
+
+
 def run_precisely(main: Coroutine[Any, Any, ResultT]) -> ResultT:
     """As asyncio.run, with timers that are right to some ten microseconds; epoll's are late by up to a millisecond."""
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
@@ -32,7 +43,7 @@ def run_precisely(main: Coroutine[Any, Any, ResultT]) -> ResultT:
 
 
 class Driver:
-    """Sends requests of a mix to sessions of one model of a server.
+    """Sends requests of a mix to sessions of one model.
 
     recorder: of the load that runs, or ran last; for whoever shows progress.
     """
@@ -51,7 +62,7 @@ class Driver:
 
     async def run(
         self,
-        sessions: Sequence[AsyncSession],
+        sessions: Sequence[Loaded],
         seconds: float,
         *,
         rate: float | None = None,
@@ -78,7 +89,7 @@ class Driver:
                     tasks.create_task(self._drive_open(session, begin, schedule))
         return self.recorder.result(max(seconds, loop.time() - begin))
 
-    async def _drive_closed(self, session: AsyncSession, end: float) -> None:
+    async def _drive_closed(self, session: Loaded, end: float) -> None:
         loop, recorder = asyncio.get_running_loop(), self.recorder
         while True:
             for work in self._mix.draw(_BLOCK_REQUESTS, self._random):
@@ -94,7 +105,7 @@ class Driver:
                 else:
                     recorder.answered(work, loop.time() - sent)
 
-    async def _drive_open(self, session: AsyncSession, begin: float, schedule: Iterator[tuple[float, Work]]) -> None:
+    async def _drive_open(self, session: Loaded, begin: float, schedule: Iterator[tuple[float, Work]]) -> None:
         loop, recorder = asyncio.get_running_loop(), self.recorder
         for at, work in schedule:
             due = begin + at
@@ -111,7 +122,7 @@ class Driver:
             else:
                 recorder.answered(work, loop.time() - due)
 
-    async def _do(self, session: AsyncSession, work: Work) -> None:
+    async def _do(self, session: Loaded, work: Work) -> None:
         inputs = self._inputs[work]
         if work.kind == "generate":
             async for _ in session.generate(work.num_tokens):
