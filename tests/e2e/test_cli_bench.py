@@ -1,6 +1,7 @@
 """`cellserve bench` against a real server: the load is the one asked for, and what it tells is so."""
 
 import asyncio
+import json
 import os
 import signal
 from typing import Any
@@ -133,11 +134,23 @@ async def test_latencies_on_a_schedule_contain_what_a_stalled_server_kept_waitin
         in_turn = await driver.run(sessions, 2.0)
         await stalling
 
-    # Half of the time the server stood still, so half of the requests that were due waited, evenly up to a second.
+    # Half of the time the server stood still, so nearly half of the requests that were due waited for more than 0.1 s.
     def late(result: Any) -> float:
         return float((result.latencies["step"] > 0.1).mean())
 
-    assert late(scheduled) == pytest.approx(0.45, abs=0.12)
+    assert late(scheduled) > 0.35
     # Without a schedule each session waited once, and nobody asked for the rest.
     assert (in_turn.latencies["step"] > 0.1).sum() == 4
     assert late(in_turn) < 0.02
+
+
+def test_several_addresses_are_loaded_together(cellserve: Cellserve, server: ServerProcess) -> None:
+    both = f"127.0.0.1:{server.port},localhost:{server.port}"  # the same server by another name
+    shown = json.loads(
+        cellserve.run_plain(
+            "--server", both, "--json", "bench", "--model", "tiny-gru", "--sessions", "8", "--duration", "0.3"
+        )
+    )
+    assert shown["server"] == both
+    assert shown["num_requests"] > 0
+    assert shown["failures"] == {}

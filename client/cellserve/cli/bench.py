@@ -81,7 +81,7 @@ def bench(
 
 
 async def _load(options: Options, mix: Mix, num_sessions: int, rate: float | None, seconds: float, seed: int) -> None:
-    async with async_client(options.server) as client:
+    async with async_client(options.server, options.tls) as client:
         model = await _choose_model(options, client, mix)
         driver = Driver(client, model, mix, seed=seed)
         sessions = await _open(driver, num_sessions)
@@ -104,7 +104,7 @@ async def _search(
     target_p99_seconds: float,
     max_sessions: int,
 ) -> None:
-    async with async_client(options.server) as client:
+    async with async_client(options.server, options.tls) as client:
         model = await _choose_model(options, client, mix)
         driver = Driver(client, model, mix, seed=seed)
         sessions: list[AsyncSession] = []
