@@ -37,7 +37,7 @@ async def afternoon(bench: Bench) -> None:
             checked = await check_next_tokens(bench, client, hidden_size, _CELL)
             best, leads = await bench.reference.call("most_likely_tokens", model, tokens, _CELL)
             found = [
-                [UInt32Value.FromString(answer).value for answer in await exchanger.ask(frame)]
+                [UInt32Value.FromString(answer).value for (answer,) in await exchanger.ask(frame)]
                 for frame in zip(*messages, strict=True)
             ]
             check_against(np.array(found), best, leads, "the naive server")

@@ -30,12 +30,22 @@ Messages = Sequence[Sequence[bytes]]
 class Exchanger:
     """Bidirectional calls of one method, kept open; a context manager.
 
-    calls: one for each stream. num_channels: connections, over which the streams are spread.
+    calls: one for each stream. num_channels: connections, over which the streams are spread. is_last: whether a message
+    is the last of an answer; None: every answer is one message.
     """
 
-    def __init__(self, target: str, method: str, num_streams: int, *, num_channels: int = 1) -> None:
+    def __init__(
+        self,
+        target: str,
+        method: str,
+        num_streams: int,
+        *,
+        num_channels: int = 1,
+        is_last: Callable[[bytes], bool] | None = None,
+    ) -> None:
         self._channels = [aio.insecure_channel(target, options=_OPTIONS) for _ in range(num_channels)]
         self._method, self._num_streams = method, num_streams
+        self._is_last = is_last
         self.calls: list[Call] = []
 
     async def __aenter__(self) -> Self:
@@ -53,19 +63,22 @@ class Exchanger:
             call.cancel()
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
-    async def ask(self, messages: Sequence[bytes]) -> list[bytes]:
-        """One message on each stream, and its answer."""
-        return list(
-            await asyncio.gather(*(_ask(call, message) for call, message in zip(self.calls, messages, strict=True)))
-        )
+    async def ask(self, messages: Sequence[bytes]) -> list[list[bytes]]:
+        """One message on each stream, and the messages of its answer."""
+        asked = (_ask(call, message, self._is_last) for call, message in zip(self.calls, messages, strict=True))
+        return list(await asyncio.gather(*asked))
 
     async def exchange(self, messages: Messages, num_steps: int) -> list[float]:
         """On every stream num_steps messages, round and round; returns how long some of them took, in seconds."""
         latencies = array("d")
         async with asyncio.TaskGroup() as tasks:
             for number, (call, column) in enumerate(zip(self.calls, messages, strict=True)):
-                follow = _follow if number % _TIMED_ONE_IN else _follow_timed
-                tasks.create_task(follow(call, column, num_steps, latencies))
+                if self._is_last is not None:
+                    tasks.create_task(_follow_parts(call, column, num_steps, latencies, self._is_last))
+                elif number % _TIMED_ONE_IN:
+                    tasks.create_task(_follow(call, column, num_steps))
+                else:
+                    tasks.create_task(_follow_timed(call, column, num_steps, latencies))
         return latencies.tolist()
 
 
@@ -87,10 +100,11 @@ class UnaryCaller:
     ) -> None:
         await self._channel.close()
 
-    async def ask(self, messages: Sequence[bytes]) -> list[bytes]:
+    async def ask(self, messages: Sequence[bytes]) -> list[list[bytes]]:
+        """As Exchanger.ask."""
         assert self._stub is not None
         stub = self._stub
-        return list(await asyncio.gather(*(stub(message) for message in messages)))
+        return [[answer] for answer in await asyncio.gather(*(stub(message) for message in messages))]
 
     async def exchange(self, messages: Messages, num_steps: int) -> list[float]:
         """As Exchanger.exchange, each caller one call after the other."""
@@ -137,14 +151,27 @@ async def _steps_for(run: Callable[[int], Awaitable[object]], seconds: float) ->
         num_steps *= 4
 
 
-async def _ask(call: Call, message: bytes) -> bytes:
+async def _ask(call: Call, message: bytes, is_last: Callable[[bytes], bool] | None) -> list[bytes]:
     await call.write(message)
-    answer = await call.read()
-    assert isinstance(answer, bytes), "the server has ended a stream"
-    return answer
+    answers = []
+    while True:
+        answer = await call.read()
+        assert isinstance(answer, bytes), "the server has ended a stream"
+        answers.append(answer)
+        if is_last is None or is_last(answer):
+            return answers
 
 
-async def _follow(call: Call, column: Sequence[bytes], num_steps: int, _: array[float]) -> None:
+async def _follow_parts(
+    call: Call, column: Sequence[bytes], num_steps: int, latencies: array[float], is_last: Callable[[bytes], bool]
+) -> None:
+    for step in range(num_steps):
+        begin = time.perf_counter()
+        await _ask(call, column[step % len(column)], is_last)
+        latencies.append(time.perf_counter() - begin)
+
+
+async def _follow(call: Call, column: Sequence[bytes], num_steps: int) -> None:
     number = len(column)
     for step in range(num_steps):
         await call.write(column[step % number])

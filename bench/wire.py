@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from bench.frames import next_tokens, open_each, run_frame, step_message, step_next_tokens
+from bench.frames import is_last, next_tokens, open_each, run_frame, step_message, step_next_tokens
 from bench.methods import ECHO_STREAM, ECHO_UNARY, NULL_MODEL, STEP, STREAM
 from bench.processes import PeerServer, echo_server
 from bench.raw import Caller, Exchanger, UnaryCaller, measure
@@ -47,7 +47,9 @@ async def open_streams(
 ) -> AsyncIterator[Streams]:
     """Streams of the service with a session on each. The null model's answers are checked."""
     tokens = tokens_for(_NUM_FRAMES * run_tokens, num_streams).T.reshape(num_streams, _NUM_FRAMES, run_tokens)
-    async with Exchanger(server.target, STREAM, num_streams, num_channels=num_channels) as exchanger:
+    # A long run may be answered in several messages, one token never is.
+    parts = is_last if run_tokens > 1 else None
+    async with Exchanger(server.target, STREAM, num_streams, num_channels=num_channels, is_last=parts) as exchanger:
         handles = await open_each(exchanger, model)
         messages = [
             [run_frame([handle], frame[None]) for frame in column]
@@ -84,7 +86,7 @@ async def _open_echo(echo: PeerServer, like: Streams, *, num_channels: int = 1) 
         caller = Exchanger(echo.target, ECHO_STREAM, len(messages), num_channels=num_channels)
     async with caller:
         answers = await caller.ask([column[0] for column in messages])
-        if answers != [column[0] for column in messages]:
+        if answers != [[column[0]] for column in messages]:
             raise CheckError("the echo does not echo")
         yield Streams(caller, messages, echo.pid, like.tokens_per_message)
 
