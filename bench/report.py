@@ -1,113 +1,70 @@
-"""Gathers samples of contenders and limits, and prints each median beside its limit's."""
+"""What the figures depend on, the table of results, and the file with every sample."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Comparison", "Sample", "machine", "print_comparisons", "write_json"]
+from bench.rows import Row
+from bench.statistics import median, quartiles
 
-_PACKAGES: Final = ("cellserve", "grpcio", "protobuf", "numpy", "torch")
+__all__ = ["machine", "print_rows", "write_json"]
 
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One timing of the service. Latencies as the client sees them; CPU time per token of either process."""
-
-    tokens_per_second: float
-    p50_seconds: float | None = None
-    p99_seconds: float | None = None
-    client_cpu_microseconds: float | None = None
-    server_cpu_microseconds: float | None = None
+_PACKAGES: Final = ("cellserve", "grpcio", "protobuf", "numpy", "torch", "onnxruntime")
 
 
-@dataclass(slots=True)
-class Comparison:
-    """A contender and its limit, sampled in turns. goal: the ratio to reach, where there is one."""
-
-    name: str
-    limit_name: str
-    goal: float | None = None
-    samples: list[Sample] = field(default_factory=list)
-    limits: list[float] = field(default_factory=list)  # tokens/s
-
-    @property
-    def ratio(self) -> float:
-        """The median over the turns of contender to limit, each pair measured one after the other."""
-        return median(
-            [sample.tokens_per_second / limit for sample, limit in zip(self.samples, self.limits, strict=True)]
-        )
+def machine(num_cores: int) -> dict[str, object]:
+    """What the figures depend on beside the code. num_cores: that all processes together may use."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"processor": _processor(), "cores": num_cores, "python": platform.python_version(), **versions}
 
 
-def median(values: Sequence[float | None]) -> float:
-    return float(np.median([value for value in values if value is not None]))
-
-
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """The quartiles between which the middle half lies."""
-    low, high = np.quantile(values, [0.25, 0.75])
-    return float(low), float(high)
-
-
-def machine() -> dict[str, object]:
-    """What the figures depend on beside the code."""
-    return {
-        "processor": _processor(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in _PACKAGES},
-    }
-
-
-def print_comparisons(console: Console, comparisons: Sequence[Comparison]) -> None:
+def print_rows(console: Console, rows: Sequence[Row]) -> None:
+    """A table of medians. Quartiles in brackets; of the ratio the 95 % interval where there are 20 pairs."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("measured", "limit in the same run"):
-        table.add_column(name)
-    for name in ("tokens/s", "limit", "ratio", "goal", "p50 ms", "p99 ms", "client CPU", "server CPU"):
-        table.add_column(name, justify="right")
-    for comparison in comparisons:
-        samples = comparison.samples
+    for heading in ("", "measured", "beside, in the same run"):
+        table.add_column(heading)
+    for heading in ("ours", "limit", "unit", "ratio", "goal", "further"):
+        table.add_column(heading, justify="left" if heading in ("unit", "further") else "right")
+    for row in rows:
         table.add_row(
-            comparison.name,
-            comparison.limit_name,
-            _rate([sample.tokens_per_second for sample in samples]),
-            _rate(comparison.limits),
-            f"{comparison.ratio:.2f}",
-            "" if comparison.goal is None else f">= {comparison.goal:g}{_verdict(comparison)}",
-            _milliseconds([sample.p50_seconds for sample in samples]),
-            _milliseconds([sample.p99_seconds for sample in samples]),
-            _microseconds([sample.client_cpu_microseconds for sample in samples]),
-            _microseconds([sample.server_cpu_microseconds for sample in samples]),
+            row.id,
+            row.name,
+            row.beside,
+            _samples(row.ours),
+            _samples(row.limits) if row.limits else "",
+            row.unit,
+            _ratio(row),
+            "" if row.goal is None else f"{row.goal} {'reached' if row.is_met else 'MISSED'}",
+            ", ".join(f"{name} {_number(median(values))}" for name, values in row.details.items()),
         )
-    console.print(table)
+    console.print(table, markup=False)
+    goals = [row for row in rows if row.goal is not None]
+    missed = sum(not row.is_met for row in goals)
     console.print(
-        "Medians, with the quartiles in brackets; the ratio is the median of those of each turn. "
-        "CPU in microseconds of processor time per token."
+        "Medians of the turns, quartiles in brackets; the ratio is the median of those of each turn, in brackets its "
+        f"quartiles, or from 20 pairs on its 95 % interval. {len(goals)} goals, {missed} missed."
     )
 
 
-class Rated(Protocol):
-    """A dataclass with a ratio."""
-
-    @property
-    def ratio(self) -> float: ...
-
-
-def write_json(path: Path, comparisons: Sequence[Comparison], costs: Sequence[Rated] = ()) -> None:
-    document = {
-        "machine": machine(),
-        "comparisons": [asdict(comparison) | {"ratio": comparison.ratio} for comparison in comparisons],
-        "costs": [asdict(cost) | {"ratio": cost.ratio} for cost in costs],  # type: ignore[call-overload]
-    }
-    path.write_text(json.dumps(document, indent=2) + "\n")
+def write_json(path: Path, constants: Mapping[str, object], rows: Sequence[Row]) -> None:
+    """Write everything; whoever reads meanwhile finds the old file or the new."""
+    document = {"machine": dict(constants), "rows": [row.document() for row in rows]}
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(document, indent=2) + "\n")
+    part.replace(path)
 
 
 def _processor() -> str:
@@ -117,19 +74,24 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def _verdict(comparison: Comparison) -> str:
-    assert comparison.goal is not None
-    return " reached" if comparison.ratio >= comparison.goal else " MISSED"
+def _samples(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return _number(values[0])
+    low, high = quartiles(values)
+    return f"{_number(median(values))} ({_number(low)}-{_number(high)})"
 
 
-def _rate(values: Sequence[float]) -> str:
-    low, high = spread(values)
-    return f"{median(values):,.0f} ({low:,.0f}-{high:,.0f})"
+def _ratio(row: Row) -> str:
+    if row.ratio is None:
+        return ""
+    if len(row.ratios) == 1:
+        return f"{row.ratio:.3g}"
+    if row.interval is not None:
+        low, high = row.interval
+        return f"{row.ratio:.3f} [{low:.3f}-{high:.3f}]"
+    low, high = quartiles(row.ratios)
+    return f"{row.ratio:.3g} ({low:.3g}-{high:.3g})"
 
 
-def _milliseconds(values: Sequence[float | None]) -> str:
-    return "" if None in values else f"{1e3 * median(values):.2f}"
-
-
-def _microseconds(values: Sequence[float | None]) -> str:
-    return "" if None in values else f"{median(values):.1f}"
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

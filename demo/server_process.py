@@ -28,10 +28,10 @@ class ServerError(Exception):
 class ServerProcess:
     """A context manager: inside it a server runs and is healthy.
 
-    log: the file for what the server says. arguments: further ones of its command line.
+    log: the file for what the server says. arguments: further ones of its command line. module: what python -m runs.
     """
 
-    def __init__(self, log: Path, arguments: Sequence[str] = ()) -> None:
+    def __init__(self, log: Path, arguments: Sequence[str] = (), *, module: str = "cellserve_service") -> None:
         port, metrics_port = _free_ports(2)
         self.target = f"127.0.0.1:{port}"
         self.metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
@@ -39,7 +39,7 @@ class ServerProcess:
         self._command = [
             sys.executable,
             "-m",
-            "cellserve_service",
+            module,
             f"--listen={self.target}",
             f"--metrics-listen=127.0.0.1:{metrics_port}",
             *arguments,

@@ -1,11 +1,13 @@
 """TLS: a server with a certificate, and one that asks its clients for theirs."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
+from cellserve.cli.app import run
 from cellserve.v1.model_service_pb2 import ListModelsRequest
 from cellserve.v1.model_service_pb2_grpc import ModelServiceStub
 from tests.support.certificates import Certificates
@@ -80,3 +82,40 @@ def test_a_client_that_trusts_somebody_else_is_not_served(server: ServerProcess,
     with pytest.raises(grpc.RpcError) as refused:
         models(server, credentials)
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_the_command_connects_by_tls(
+    server: ServerProcess, certificates: Certificates, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--server", server.target, "--tls-ca", str(certificates.path("authority.pem"))]
+    options += [
+        "--tls-certificate",
+        str(certificates.path("client.pem")),
+        "--tls-key",
+        str(certificates.path("client.key")),
+    ]
+    assert run([*options, "--json", "step", "1", "2"]) == 0
+    assert json.loads(capfd.readouterr().out)["position"] == 2
+    assert run([*options, "--json", "bench", "--sessions", "2", "--duration", "0.2"]) == 0
+    assert json.loads(capfd.readouterr().out)["num_requests"] > 0
+
+
+def test_the_command_without_tls_says_that_nobody_answers(
+    server: ServerProcess, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["--server", server.target, "models"]) == 1
+    assert "no server answers" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tls-ca", "/no/such/file"], "/no/such/file cannot be read"),
+        (["--tls-certificate", __file__], "go together"),
+    ],
+)
+def test_the_command_tells_what_is_wrong_with_files_of_tls(
+    server: ServerProcess, capfd: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert run(["--server", server.target, *arguments, "models"]) == 2
+    assert said in capfd.readouterr().err

@@ -47,7 +47,7 @@ def generate(
     JSON: an object with "session", "model", "position", "tokens", "text" (for bytes), "seed" and "finish_reason".
     """
     options = options_of(context, server=server, model=model, writes_json=writes_json)
-    with sync_client(options.server) as client:
+    with sync_client(options.server, options.tls) as client:
         chosen = options.choose_model(client.models())
         with client.session(chosen.name, id=session) as opened:
             if prompt:

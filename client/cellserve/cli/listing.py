@@ -21,7 +21,7 @@ def models(context: typer.Context, server: ServerOption = None, writes_json: Jso
     JSON: a list of objects with the fields of a Model in model_service.proto; the fingerprint in hex.
     """
     options = options_of(context, server=server, writes_json=writes_json)
-    with sync_client(options.server) as client:
+    with sync_client(options.server, options.tls) as client:
         served = client.models()
     if options.writes_json:
         write_json([asdict(model) | {"fingerprint": model.fingerprint.hex()} for model in served])
@@ -54,7 +54,7 @@ def sessions(
     JSON: a list of objects with the fields of a Session in session_service.proto.
     """
     options = options_of(context, server=server, model=model, writes_json=writes_json)
-    with sync_client(options.server) as client:
+    with sync_client(options.server, options.tls) as client:
         found = client.sessions(options.model)
     shown = found[:limit]
     if options.writes_json:

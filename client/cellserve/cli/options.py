@@ -8,12 +8,13 @@ from typing import Annotated, Final
 
 import typer
 
-from cellserve import ModelInfo
+from cellserve import ModelInfo, Tls
 from cellserve.cli.problems import MisuseError
 
 __all__ = [
     "DEFAULT_METRICS_URL",
     "DEFAULT_SERVER",
+    "SERVER_HELP",
     "JsonOption",
     "MetricsUrlOption",
     "ModelOption",
@@ -25,9 +26,11 @@ __all__ = [
 DEFAULT_SERVER: Final = "localhost:50051"
 DEFAULT_METRICS_URL: Final = "http://localhost:9464/metrics"
 
+SERVER_HELP: Final = "The server; several of one store with commas between."
+
 ServerOption = Annotated[
     str | None,
-    typer.Option("--server", metavar="HOST:PORT", help="The server.", show_default=DEFAULT_SERVER),
+    typer.Option("--server", metavar="HOST:PORT", help=SERVER_HELP, show_default=DEFAULT_SERVER),
 ]
 MetricsUrlOption = Annotated[
     str | None,
@@ -42,12 +45,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON instead of 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the common options say. model: None where none was named."""
+    """What the common options say. model: None where none was named. tls: False for a plain connection."""
 
     server: str = DEFAULT_SERVER
     metrics_url: str = DEFAULT_METRICS_URL
     model: str | None = None
     writes_json: bool = False
+    tls: bool | Tls = False
 
     def choose_model(self, served: Sequence[ModelInfo]) -> ModelInfo:
         """The model to use out of those served. Raises MisuseError."""

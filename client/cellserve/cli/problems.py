@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
-from cellserve import AsyncClient, Client
+from cellserve import AsyncClient, Client, Tls
 from cellserve.errors import (
     CellserveError,
     ConnectionLost,
@@ -53,20 +53,25 @@ _HINTS: Final = (
 
 
 @contextmanager
-def sync_client(server: str) -> Iterator[Client]:
-    """A client of a server that answers. Raises RefusalError."""
-    with _refusals(server), Client(server) as client:
+def sync_client(server: str, tls: bool | Tls) -> Iterator[Client]:
+    """A client of a server that answers, or of several with commas between. Raises RefusalError."""
+    with _refusals(server), Client(_addresses(server), tls=tls) as client:
         client.ping()  # whoever types a command is not to wait until a server comes
         yield client
 
 
 @asynccontextmanager
-async def async_client(server: str) -> AsyncIterator[AsyncClient]:
-    """A client of a server that answers. Raises RefusalError."""
+async def async_client(server: str, tls: bool | Tls) -> AsyncIterator[AsyncClient]:
+    """A client of a server that answers, or of several with commas between. Raises RefusalError."""
     with _refusals(server):
-        async with AsyncClient(server) as client:
+        async with AsyncClient(_addresses(server), tls=tls) as client:
             await client.ping()
             yield client
+
+
+def _addresses(server: str) -> str | list[str]:
+    addresses = [address.strip() for address in server.split(",")]
+    return addresses if len(addresses) > 1 else server
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def _read(file: Path) -> bytes:
 
 
 async def _score_all(options: Options, contents: dict[str, bytes], *, max_lines: int) -> list[_Score]:
-    async with async_client(options.server) as client:
+    async with async_client(options.server, options.tls) as client:
         model = options.choose_model(await client.models())
         require_bytes(model, "score")
         # On standard error, so that a redirected standard output holds results alone.

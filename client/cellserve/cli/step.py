@@ -55,7 +55,7 @@ def step(
     "top_tokens", "top_logprobs", "logprobs", "outputs", "states"; the first axis is the token.
     """
     options = options_of(context, server=server, model=model, writes_json=writes_json)
-    with sync_client(options.server) as client:
+    with sync_client(options.server, options.tls) as client:
         chosen = options.choose_model(client.models())
         column = read_tokens(chosen, tokens or [], text)
         with client.session(chosen.name, id=session) as opened:
