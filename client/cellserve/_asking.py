@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 from google.protobuf.message import Message
 
 from cellserve._backoff import retried
+from cellserve._status import is_passing
+from cellserve.errors import CellserveError
 
 if TYPE_CHECKING:
     from grpc import aio
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from cellserve._attachment import Attachment
     from cellserve._transport import Transport
 
-__all__ = ["ask", "call"]
+__all__ = ["ask", "call", "replace"]
 
 RequestT = TypeVar("RequestT", bound=Message)
 ResponseT = TypeVar("ResponseT", bound=Message)
@@ -45,6 +47,36 @@ async def call(
         return await attachment.hub.call_once(attachment.replica, pick, request, seconds, ledger.session_id)
 
     return await retried(attempt, deadline)
+
+
+async def replace(
+    attachment: Attachment,
+    what: str,
+    pick: Callable[[Transport], aio.UnaryUnaryMultiCallable[RequestT, ResponseT]],
+    request: RequestT,
+    stand_of: Callable[[ResponseT], tuple[int, int]],
+    deadline: float,
+) -> None:
+    """A call that gives the session another state, and makes its handle stale.
+
+    stand_of: the epoch and the position, from the response.
+    """
+    ledger = attachment.ledger
+
+    async def replaced() -> None:
+        # Should the outcome stay in doubt, the next attach tells the position.
+        ledger.adopts_position = True
+        try:
+            response = await call(attachment, pick, request, deadline)
+        except CellserveError as error:
+            ledger.adopts_position = error.reason is None or is_passing(error)
+            raise
+        attachment.replaced(*stand_of(response))
+
+    async with attachment.turn(what, deadline):
+        await attachment.until_quiet(deadline)
+        attachment.release()
+        await attachment.carry_out(replaced(), what, deadline)
 
 
 async def ask(
