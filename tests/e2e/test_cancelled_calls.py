@@ -1,8 +1,7 @@
 """Calls on a session that are cancelled at any of their awaits: each has taken effect wholly or not at all."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 import numpy as np
@@ -11,38 +10,18 @@ import pytest
 from cellserve import AsyncClient, AsyncSession
 from cellserve.errors import CheckpointNotFound
 from tests.support.followed import (
+    MAX_RUN_TOKENS,
     FollowedSession,
     assert_nothing_is_left,
     consuming,
     nothing,
+    other_tasks,
     until_open,
 )
-from tests.support.forking import ForkedServer, Forker
-from tests.support.interrupting import interruptions
+from tests.support.interrupting import interruptions, prepared
 from tests.support.server import ServerProcess
 
 LONG = [number % 11 for number in range(300)]
-# What an answer takes for each token: a state of two layers, and the next token.
-ANSWER_BYTES = 2 * 8 * 4 + 4
-MAX_RUN_TOKENS = 128
-
-
-@pytest.fixture(scope="module")
-def storing_server(
-    forker: Forker, tiny_models_directory: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServerProcess]:
-    """A server with a store that holds the answer of 128 tokens at most, and gives that of 32 in a slice."""
-    folder = tmp_path_factory.mktemp("storing")
-    settings: dict[str, str | int | float | bool] = {
-        "store": f"sqlite:///{folder}/cells.db",
-        "deterministic": True,
-        "checkpoint_interval_seconds": 0.1,
-        "max_held_answer_bytes": MAX_RUN_TOKENS * ANSWER_BYTES,
-        "max_answer_bytes": 32 * ANSWER_BYTES,
-    }
-    with ForkedServer(folder / "server.log", tiny_models_directory, settings, forker=forker) as process:
-        yield process
-    assert "Traceback" not in process.log, process.log
 
 
 @pytest.fixture
@@ -71,20 +50,6 @@ async def followed(
     assert other_tasks() <= tasks
     await followed.close()
     await until_open(other, set())
-
-
-def other_tasks() -> set[asyncio.Task[Any]]:
-    current = asyncio.current_task()
-    return {task for task in asyncio.all_tasks() if task is not current}
-
-
-def prepared(call: Callable[[], Coroutine[Any, Any, Any]]) -> Callable[[], Awaitable[Callable[[], Any]]]:
-    """A call that needs no preparation."""
-
-    async def prepare() -> Callable[[], Any]:
-        return call
-
-    return prepare
 
 
 async def test_a_cancelled_step_of_one_token_has_run_or_not(followed: FollowedSession) -> None:
@@ -128,7 +93,7 @@ async def test_a_cancelled_step_many_has_run_or_not_for_each_session(
     def step() -> Coroutine[Any, Any, Any]:
         return client.step_many(sessions, np.concatenate(tokens), counts, states=True)
 
-    async for interrupted in interruptions(prepared(step)):
+    async for interrupted in interruptions(prepared(step), num_turns=12):
         for one, own in zip(many, tokens, strict=True):
             position = one.reference.position
             ends = [len(own)] if interrupted.is_finished else sorted({0, len(own), *range(0, len(own), MAX_RUN_TOKENS)})
@@ -205,7 +170,7 @@ async def test_a_generate_that_is_broken_off_has_consumed_what_it_sampled(follow
     seed = 0
 
     async def generate() -> list[int]:
-        async for token in session.generate(200, seed=seed):
+        async for token in session.generate(100, seed=seed):
             received.append(token)
         return received
 
@@ -224,5 +189,5 @@ async def test_a_generate_that_is_broken_off_has_consumed_what_it_sampled(follow
 
     async for interrupted in interruptions(prepare):
         position = reference.position
-        fewest = 200 if interrupted.is_finished else len(received)
-        await followed.check({position + count: sampling(count) if count else nothing for count in range(fewest, 201)})
+        fewest = 100 if interrupted.is_finished else len(received)
+        await followed.check({position + count: sampling(count) if count else nothing for count in range(fewest, 101)})

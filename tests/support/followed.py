@@ -14,13 +14,33 @@ import numpy as np
 from cellserve import AsyncClient, AsyncSession
 from tests.support.interrupting import Interrupted
 from tests.support.metrics import Metrics
+from tests.support.replicas import MODEL
 from tests.support.server import ServerProcess
 
-__all__ = ["MODEL", "FollowedSession", "Outcomes", "assert_nothing_is_left", "consuming", "nothing", "until_open"]
+__all__ = [
+    "MAX_RUN_TOKENS",
+    "SETTINGS",
+    "FollowedSession",
+    "Outcomes",
+    "assert_nothing_is_left",
+    "consuming",
+    "nothing",
+    "other_tasks",
+    "until_open",
+]
 
-MODEL: Final = "tiny-gru"
+MAX_RUN_TOKENS: Final = 128
+# What an answer takes for each token: a state of two layers, and the next token.
+_ANSWER_BYTES: Final = 2 * 8 * 4 + 4
+# Of a server that holds the answer of so many tokens at most, and gives that of 32 in a slice.
+SETTINGS: Final[Mapping[str, str | int | float | bool]] = {
+    "deterministic": True,
+    "checkpoint_interval_seconds": 0.1,
+    "max_held_answer_bytes": MAX_RUN_TOKENS * _ANSWER_BYTES,
+    "max_answer_bytes": 32 * _ANSWER_BYTES,
+}
 _TAIL: Final = [5, 0, 7]
-_PATIENCE_SECONDS: Final = 20.0
+_PATIENCE_SECONDS: Final = 8.0
 
 # What the reference must meet with, by the position at which the session stands then.
 Outcomes = Mapping[int, Callable[[AsyncSession], Awaitable[object]]]
@@ -80,6 +100,11 @@ class FollowedSession:
         await self.reference.close()
 
 
+def other_tasks() -> set[asyncio.Task[Any]]:
+    """Those of the event loop beside the one that asks."""
+    return asyncio.all_tasks() - {asyncio.current_task()}
+
+
 async def until_open(other: AsyncClient, expected: set[str]) -> None:
     """Waits until the server has these sessions and no others."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
@@ -116,8 +141,9 @@ def _left(client: AsyncClient, sessions: Sequence[AsyncSession]) -> list[str]:
         facts = (ledger.num_unanswered, ledger.unanswered_bytes, ledger.num_waiting, ledger.stranded, ledger._watchers)
         if any(facts) or ledger.settling:
             left.append(f"{session}: {facts}")
+        ledger.has_kept_room(0)  # lets go of what has become safe before its answer came
         if ledger.kept is not None and (ledger.kept.end != session.position or ledger.kept.start != session.position):
-            left.append(f"{session}: kept from {ledger.kept.start} to {ledger.kept.end}")
+            left.append(f"{session}: kept from {ledger.kept.start} to {ledger.kept.end}, {ledger.durable_position}")
     gc.collect()
     others = {attachment.ledger.session_id for attachment in hub.attachments} - {session.id for session in sessions}
     if others:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Gener
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-__all__ = ["Interrupted", "When", "interruptions"]
+__all__ = ["Interrupted", "When", "interruptions", "prepared"]
 
 # A caller who is cancelled is let go at once, whatever the server does.
 _PROMPTLY_SECONDS: Final = 1.0
@@ -109,3 +109,12 @@ async def interruptions(
         yield interrupted
         is_finished = interrupted.is_finished
         number += 1 if number < num_turns // 3 else max(1, 3 * most // (2 * num_turns))
+
+
+def prepared(call: Callable[[], Coroutine[Any, Any, Any]]) -> Callable[[], Awaitable[Callable[[], Any]]]:
+    """A call that needs no preparation."""
+
+    async def prepare() -> Callable[[], Any]:
+        return call
+
+    return prepare
