@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from google.protobuf.message import Message
 
@@ -21,6 +21,8 @@ __all__ = ["ask", "call", "replace"]
 
 RequestT = TypeVar("RequestT", bound=Message)
 ResponseT = TypeVar("ResponseT", bound=Message)
+
+_GRACE_SECONDS: Final = 10.0
 
 
 async def call(
@@ -44,9 +46,16 @@ async def call(
         if (attachment.is_in_doubt or attachment.is_misplaced) and not is_settled():
             await attachment.until_quiet(deadline)
         seconds = max(min(seconds, deadline - loop.time()), 0.001)
-        return await attachment.hub.call_once(attachment.replica, pick, request, seconds, ledger.session_id)
+        try:
+            return await attachment.hub.call_once(attachment.replica, pick, request, seconds, ledger.session_id)
+        except CellserveError as error:
+            if is_passing(error):
+                attachment.trouble = error  # to be told where the timeout passes before it is over
+            raise
 
-    return await retried(attempt, deadline)
+    response = await retried(attempt, deadline)
+    attachment.trouble = None
+    return response
 
 
 async def replace(
@@ -62,12 +71,14 @@ async def replace(
     stand_of: the epoch and the position, from the response.
     """
     ledger = attachment.ledger
+    # Longer than the caller: the server may do it when the timeout has passed, and after what is asked next.
+    until = deadline + _GRACE_SECONDS
 
     async def replaced() -> None:
         # Should the outcome stay in doubt, the next attach tells the position.
         ledger.adopts_position = True
         try:
-            response = await call(attachment, pick, request, deadline)
+            response = await call(attachment, pick, request, until)
         except CellserveError as error:
             ledger.adopts_position = error.reason is None or is_passing(error)
             raise
@@ -76,7 +87,7 @@ async def replace(
     async with attachment.turn(what, deadline):
         await attachment.until_quiet(deadline)
         attachment.release()
-        await attachment.carry_out(replaced(), what, deadline)
+        await attachment.carry_out(replaced(), what, until)
 
 
 async def ask(
