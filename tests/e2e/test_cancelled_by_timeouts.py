@@ -11,7 +11,7 @@ from cellserve.errors import ConnectionLost, TimedOut
 from tests.support.replicas import MODEL
 from tests.support.server import ServerProcess
 
-TIMEOUTS = np.geomspace(2e-4, 2e-2, 24).tolist()
+TIMEOUTS = np.geomspace(2e-4, 2e-2, 16).tolist()
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ async def test_a_cancelled_step_many_has_run_or_not_for_each_session(
     def step() -> Coroutine[Any, Any, Any]:
         return client.step_many(sessions, np.concatenate(tokens), counts, states=True)
 
-    async for interrupted in interruptions(prepared(step), num_turns=12):
+    async for interrupted in interruptions(prepared(step), num_turns=6):
         for one, own in zip(many, tokens, strict=True):
             position = one.reference.position
             ends = [len(own)] if interrupted.is_finished else sorted({0, len(own), *range(0, len(own), MAX_RUN_TOKENS)})

@@ -83,7 +83,7 @@ async def _interrupt(call: Coroutine[Any, Any, Any], when: When, number: int) ->
 
 
 async def interruptions(
-    prepare: Callable[[], Awaitable[Callable[[], Coroutine[Any, Any, Any]]]], num_turns: int = 24
+    prepare: Callable[[], Awaitable[Callable[[], Coroutine[Any, Any, Any]]]], num_turns: int = 12
 ) -> AsyncIterator[Interrupted]:
     """Calls what was prepared again and again, each time cancelled later, until it finishes before that.
 
