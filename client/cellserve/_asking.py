@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from google.protobuf.message import Message
 
 from cellserve._backoff import retried
+from cellserve._status import is_passing
+from cellserve.errors import CellserveError
 
 if TYPE_CHECKING:
     from grpc import aio
@@ -15,10 +17,12 @@ if TYPE_CHECKING:
     from cellserve._attachment import Attachment
     from cellserve._transport import Transport
 
-__all__ = ["ask", "call"]
+__all__ = ["ask", "call", "replace"]
 
 RequestT = TypeVar("RequestT", bound=Message)
 ResponseT = TypeVar("ResponseT", bound=Message)
+
+_GRACE_SECONDS: Final = 10.0
 
 
 async def call(
@@ -42,9 +46,48 @@ async def call(
         if (attachment.is_in_doubt or attachment.is_misplaced) and not is_settled():
             await attachment.until_quiet(deadline)
         seconds = max(min(seconds, deadline - loop.time()), 0.001)
-        return await attachment.hub.call_once(attachment.replica, pick, request, seconds, ledger.session_id)
+        try:
+            return await attachment.hub.call_once(attachment.replica, pick, request, seconds, ledger.session_id)
+        except CellserveError as error:
+            if is_passing(error):
+                attachment.trouble = error  # to be told where the timeout passes before it is over
+            raise
 
-    return await retried(attempt, deadline)
+    response = await retried(attempt, deadline)
+    attachment.trouble = None
+    return response
+
+
+async def replace(
+    attachment: Attachment,
+    what: str,
+    pick: Callable[[Transport], aio.UnaryUnaryMultiCallable[RequestT, ResponseT]],
+    request: RequestT,
+    stand_of: Callable[[ResponseT], tuple[int, int]],
+    deadline: float,
+) -> None:
+    """A call that gives the session another state, and makes its handle stale.
+
+    stand_of: the epoch and the position, from the response.
+    """
+    ledger = attachment.ledger
+    # Longer than the caller: the server may do it when the timeout has passed, and after what is asked next.
+    until = deadline + _GRACE_SECONDS
+
+    async def replaced() -> None:
+        # Should the outcome stay in doubt, the next attach tells the position.
+        ledger.adopts_position = True
+        try:
+            response = await call(attachment, pick, request, until)
+        except CellserveError as error:
+            ledger.adopts_position = error.reason is None or is_passing(error)
+            raise
+        attachment.replaced(*stand_of(response))
+
+    async with attachment.turn(what, deadline):
+        await attachment.until_quiet(deadline)
+        attachment.release()
+        await attachment.carry_out(replaced(), what, until)
 
 
 async def ask(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from cellserve._conversation import Conversation
 from cellserve._deadline import until
@@ -16,7 +16,7 @@ from cellserve._outputs import OutputSpec
 from cellserve._reattaching import Reattaching
 from cellserve._replica import Replica
 from cellserve._runs import Run
-from cellserve._status import is_passing, lost_error
+from cellserve._status import lost_error
 from cellserve._unanswered import Opened
 from cellserve.errors import CellserveError, ClosedError, SessionBusy, StoreUnavailable, TimedOut
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from cellserve._generated import BrokenOff
 
 __all__ = ["Attachment"]
+
+T = TypeVar("T")
 
 _MAX_MOVING_SECONDS: Final = 10.0
 
@@ -51,6 +53,7 @@ class Attachment:
         self._replica = replica
         self._reattaching = Reattaching(self)
         self._lock = asyncio.Lock()
+        self._change: asyncio.Task[Any] | None = None  # of a call that may have been cancelled
         self._ended_as: str | None = None
         self._is_generating = False
         self._broken_off: BrokenOff | None = None
@@ -114,7 +117,7 @@ class Attachment:
                 f"session {session_id!r} is generating: iterate to the end, or break off", session_id=session_id
             )
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def turn(self, what: str, deadline: float, *, goes_on: bool = False) -> AsyncIterator[None]:
         """Calls in a turn follow each other in the order asked, and steps asked for meanwhile wait behind them.
 
@@ -125,6 +128,8 @@ class Attachment:
         ledger.update()
         try:
             async with until(deadline, what, ledger.session_id), self._lock:
+                while self._change is not None:
+                    await asyncio.wait([self._change])
                 if goes_on:
                     self._is_generating = False
                 else:
@@ -138,20 +143,32 @@ class Attachment:
             ledger.num_waiting -= 1
             ledger.update()
 
-    @asynccontextmanager
-    async def replacing(self, what: str, deadline: float) -> AsyncIterator[None]:
-        """A turn for a call that gives the session another state, and makes its handle stale."""
-        ledger = self.ledger
-        async with self.turn(what, deadline):
-            await self.until_quiet(deadline)
-            self.release()
-            # Should the outcome stay in doubt, the next attach tells the position.
-            ledger.adopts_position = True
-            try:
-                yield
-            except CellserveError as error:
-                ledger.adopts_position = error.reason is None or is_passing(error)
-                raise
+    async def carry_out(
+        self,
+        change: Coroutine[Any, Any, T],
+        what: str,
+        deadline: float,
+        undo: Callable[[T], Awaitable[object]] | None = None,
+    ) -> T:
+        """Awaits a change on the server, which the server may make at any time from now on. In a turn.
+
+        It goes on to its end, and the next turn waits for that, also where the caller is cancelled: otherwise what the
+        session is asked next could overtake it. undo: takes back what only the caller would have known of.
+        """
+
+        async def bounded() -> T:
+            async with until(deadline, what, self.ledger.session_id):
+                return await change
+
+        task = self._change = self.hub.carry_out(bounded())
+        task.add_done_callback(self._changed)
+        self.update()
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if undo is not None:
+                self.hub.carry_out(_undone(task, undo))
+            raise
 
     def replaced(self, epoch: int, position: int) -> None:
         """The server has given the session another state, which is stored before that is answered."""
@@ -287,9 +304,17 @@ class Attachment:
     def update(self) -> None:
         """Works out whether steps may be sent."""
         self.ledger.blocked = (
-            self.is_ended or self._is_generating or self._broken_off is not None or self._reattaching.is_making_whole
+            self.is_ended
+            or self._is_generating
+            or self._broken_off is not None
+            or self._change is not None
+            or self._reattaching.is_making_whole
         )
         self.ledger.update()
+
+    def _changed(self, _: asyncio.Task[Any]) -> None:
+        self._change = None
+        self.update()
 
     def _keep(self, durability: str) -> None:
         model = self.model
@@ -298,3 +323,8 @@ class Attachment:
     def _store_trouble(self) -> CellserveError:
         num_tokens, session_id = self.model.max_kept_tokens, self.ledger.session_id
         return StoreUnavailable(f"{num_tokens} tokens of session {session_id!r} are not yet safe in the server's store")
+
+
+async def _undone(task: asyncio.Task[T], undo: Callable[[T], Awaitable[object]]) -> None:
+    with contextlib.suppress(CellserveError):
+        await undo(await task)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import WeakSet
 
 from google.protobuf.message import Message
@@ -33,6 +33,7 @@ __all__ = ["Hub", "close_quietly"]
 
 RequestT = TypeVar("RequestT", bound=Message)
 ResponseT = TypeVar("ResponseT", bound=Message)
+T = TypeVar("T")
 
 _MAX_CLOSING_SECONDS: Final = 5.0
 
@@ -65,7 +66,8 @@ class Hub:
         self._mover = Mover(self)
         self._lookups: dict[str, asyncio.Task[ServedModel]] = {}
         self._sessions: set[AsyncSession] = set()
-        self._is_closing = False
+        self._under_way: set[asyncio.Task[Any]] = set()
+        self._closing: asyncio.Task[None] | None = None
 
     @property
     def replicas(self) -> Sequence[Replica]:
@@ -168,6 +170,16 @@ class Hub:
 
         return await retried(attempt, deadline)
 
+    def carry_out(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Begins what goes on to its end also where the caller is cancelled: shield what is returned.
+
+        A client that is closed waits for it.
+        """
+        task = asyncio.get_running_loop().create_task(work)
+        self._under_way.add(task)
+        task.add_done_callback(self._carried_out)
+        return task
+
     def remember(self, session: AsyncSession) -> None:
         """The session closes with the client, unless it is forgotten before."""
         self._sessions.add(session)
@@ -178,23 +190,31 @@ class Hub:
 
     async def close(self) -> None:
         """Closes the sessions that are remembered, then the streams, then the channels, in bounded time."""
-        if self._is_closing:
-            return
-        self._is_closing = True
         if self._loop is None:
             self.is_closed = True
             return
-        deadline = self._loop.time() + min(self.default_timeout.seconds, _MAX_CLOSING_SECONDS)
+        if self._closing is None:
+            self._closing = self._loop.create_task(self._close(self._loop))
+        await asyncio.shield(self._closing)  # where the caller is cancelled, it goes on
+
+    async def _close(self, loop: asyncio.AbstractEventLoop) -> None:
+        deadline = loop.time() + min(self.default_timeout.seconds, _MAX_CLOSING_SECONDS)
         self._mover.stop()
-        if self._sessions:
-            closings = [asyncio.create_task(close_quietly(session)) for session in self._sessions]
-            _, late = await asyncio.wait(closings, timeout=deadline - self._loop.time())
-            for closing in late:
-                closing.cancel()
+        for session in tuple(self._sessions):
+            self.carry_out(close_quietly(session))
+        while self._under_way and (seconds_left := deadline - loop.time()) > 0:
+            await asyncio.wait(self._under_way, timeout=seconds_left)
+        for task in self._under_way:
+            task.cancel()
         self.is_closed = True
         for attachment in list(self.attachments):
             attachment.client_closed()
         await asyncio.gather(*(replica.close(deadline) for replica in self._replicas.values()))
+
+    def _carried_out(self, task: asyncio.Task[Any]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever still waits has been told
 
     def _meet(self, targets: Sequence[str]) -> None:
         is_new = False
@@ -209,7 +229,7 @@ class Hub:
     def _replica_changed(self, replica: Replica) -> None:
         if replica.is_up:
             self._lookups.clear()  # it may have been replaced by one with other models and limits
-        if not self._is_closing:
+        if self._closing is None:
             self._mover.begin(looks_again=not replica.is_up and self.addresses.can_change)
 
     async def _get_model(self, model: str) -> ServedModel:

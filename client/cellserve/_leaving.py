@@ -19,7 +19,6 @@ _MAX_DETACHING_SECONDS: Final = 5.0
 
 async def detach(attachment: Attachment, deadline: float) -> None:
     """Gives the session up when it is quiet and whole. What goes wrong is nobody's concern any more."""
-    attachment.end("detached")
     deadline = min(deadline, attachment.loop.time() + _MAX_DETACHING_SECONDS)
 
     async def attempt(_: float) -> None:
@@ -35,7 +34,6 @@ async def detach(attachment: Attachment, deadline: float) -> None:
 
 async def close(attachment: Attachment, deadline: float) -> None:
     """Ends the session on the server. One that has ended already, or is somebody else's by now, is left alone."""
-    attachment.end("closed")
     ledger, request = (
         attachment.ledger,
         CloseSessionRequest(request_id=make_id(), session_id=attachment.ledger.session_id),

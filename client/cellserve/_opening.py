@@ -70,10 +70,16 @@ async def open_all(
         _Opening(one, make_holder(), None if states is None else states[index], is_new) for index, one in enumerate(ids)
     ]
     opener = _Opener(hub, served, key, openings, keep, deadline)
+    opening = hub.carry_out(retried(opener.open_the_rest, deadline))
     try:
-        await retried(opener.open_the_rest, deadline)
+        await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        # Whether what was sent has opened a session is known when it is answered. Under an id of the caller's it may
+        # be opened again by then, so it is not closed.
+        hub.carry_out(opener.undo(opening, closes=is_new))
+        raise
     except BaseException:
-        await opener.undo()
+        await asyncio.shield(hub.carry_out(opener.undo(opening, closes=True)))
         raise
     return [opener.sessions[opening.session_id] for opening in openings]
 
@@ -90,7 +96,10 @@ class _Opening:
 
 
 class _Opener:
-    """The opens of one call. sessions: those that are open, by id."""
+    """The opens of one call. sessions: those that are open, by id.
+
+    Once they are to be undone, nothing new is opened; what may have been is taken up, so that it can be left again.
+    """
 
     def __init__(
         self, hub: Hub, served: ServedModel, key: OpenKey, openings: Sequence[_Opening], keep: bool, deadline: float
@@ -103,6 +112,7 @@ class _Opener:
         self._openings = openings
         self._keep = keep
         self._deadline = deadline
+        self._is_wanted = True
 
     async def open_the_rest(self, _: float) -> None:
         """Opens what is not open yet. Raises when all have been answered: what does not pass rather than what does."""
@@ -110,21 +120,30 @@ class _Opener:
         rest = [opening for opening in self._openings if opening.session_id not in self.sessions]
         in_doubt = [opening for opening in rest if opening.is_in_doubt]
         failures = await self._send(self._resume_key, in_doubt) if in_doubt else []
-        failures += await self._send(self._key, [opening for opening in rest if not opening.is_in_doubt])
+        if self._is_wanted:
+            failures += await self._send(self._key, [opening for opening in rest if not opening.is_in_doubt])
         for failure in failures:
             if not is_passing(failure):
                 raise failure
         if failures:
             raise failures[0]
 
-    async def undo(self) -> None:
-        """Leaves the sessions that were opened as they were: closes those that are new."""
-        for session in self.sessions.values():
-            await (close_quietly(session) if session.created else session.detach())
+    async def undo(self, opening: asyncio.Task[None], *, closes: bool) -> None:
+        """Leaves the sessions, when all answers have come. closes: those that were created."""
+        self._is_wanted = False
+        await asyncio.wait([opening])
+        await asyncio.gather(
+            *(
+                close_quietly(session) if closes and session.created else session.detach()
+                for session in self.sessions.values()
+            )
+        )
 
     async def _send(self, key: OpenKey, openings: Sequence[_Opening]) -> list[CellserveError]:
         replicas = [self._hub.place(opening.session_id) for opening in openings]
         connections = {replica: await replica.connect(self._served.limits) for replica in set(replicas)}
+        if not self._is_wanted and key is self._key:
+            return []
         answers = [
             connections[replica].conversation.send_open(
                 key,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from google.protobuf.message import DecodeError
 
-from cellserve._asking import ask, call
+from cellserve._asking import ask, call, replace
 from cellserve._attachment import Attachment
 from cellserve._deadline import Timeout
 from cellserve._generation import AsyncGeneration, make_generate_request
+from cellserve._hub import close_quietly
 from cellserve._identity import make_holder, make_id
 from cellserve._info import ModelInfo
 from cellserve._leaving import close, detach
@@ -159,7 +161,7 @@ class AsyncSession:
             request = CloseSessionRequest(request_id=make_id(), session_id=fork_id)
             await call(attachment, lambda transport: transport.sessions.CloseSession, request, deadline)
 
-        async with attachment.turn("fork", deadline):
+        async def make_fork() -> AsyncSession:
             response = await ask(
                 attachment,
                 lambda transport: transport.sessions.ForkSession,
@@ -168,11 +170,14 @@ class AsyncSession:
                 deadline,
                 undo,
             )
-            replica = attachment.replica
-        # It is attached with its first step: to generate or to export needs no stream.
-        fork = Attachment(self._hub, self._model, response.session_id, make_holder(), replica)
-        fork.begin_at(response.epoch, response.position, self._ledger.durability)
-        return AsyncSession(fork, keep=keep, created=True)
+            # It is attached with its first step: to generate or to export needs no stream.
+            fork = Attachment(self._hub, self._model, response.session_id, make_holder(), attachment.replica)
+            fork.begin_at(response.epoch, response.position, self._ledger.durability)
+            return AsyncSession(fork, keep=keep, created=True)
+
+        async with attachment.turn("fork", deadline):
+            await attachment.until_quiet(deadline)
+            return await attachment.carry_out(make_fork(), "fork", deadline, close_quietly)
 
     async def export_state(self, *, timeout_seconds: float | None = None) -> bytes:
         """The session's state as a serialized SessionState, to be imported here or on another server of the model."""
@@ -197,21 +202,27 @@ class AsyncSession:
         request = ImportSessionRequest(
             request_id=make_id(), session_id=self.id, state=message, holder=self._attachment.holder
         )
-        async with self._attachment.replacing("import_state", deadline):
-            response = await call(
-                self._attachment, lambda transport: transport.sessions.ImportSession, request, deadline
-            )
-            self._attachment.replaced(response.epoch, response.position)
+        await replace(
+            self._attachment,
+            "import_state",
+            lambda transport: transport.sessions.ImportSession,
+            request,
+            lambda response: (response.epoch, response.position),
+            deadline,
+        )
 
     async def reset(self, *, timeout_seconds: float | None = None) -> None:
         """Set the state to zero, and the position to 0."""
         deadline = self._hub.deadline(timeout_seconds)
         request = ResetSessionRequest(request_id=make_id(), session_id=self.id, holder=self._attachment.holder)
-        async with self._attachment.replacing("reset", deadline):
-            response = await call(
-                self._attachment, lambda transport: transport.sessions.ResetSession, request, deadline
-            )
-            self._attachment.replaced(response.epoch, 0)
+        await replace(
+            self._attachment,
+            "reset",
+            lambda transport: transport.sessions.ResetSession,
+            request,
+            lambda response: (response.epoch, 0),
+            deadline,
+        )
 
     async def checkpoint(self, name: str, *, timeout_seconds: float | None = None) -> int:
         """Mark the session's state under a name, to be rolled back to; returns the position that was marked.
@@ -220,14 +231,17 @@ class AsyncSession:
         server's `max_checkpoints`. Raises InvalidInput for what is no name.
         """
         deadline = self._hub.deadline(timeout_seconds)
-        async with self._attachment.turn("checkpoint", deadline):
-            response = await ask(
-                self._attachment,
+        attachment = self._attachment
+        async with attachment.turn("checkpoint", deadline):
+            await attachment.until_quiet(deadline)
+            marking = ask(
+                attachment,
                 lambda transport: transport.sessions.CheckpointSession,
                 lambda: CheckpointSessionRequest(request_id=make_id(), session_id=self.id, name=name),
                 lambda response: response.position,
                 deadline,
             )
+            response = await attachment.carry_out(marking, "checkpoint", deadline)
         return response.position
 
     async def rollback(self, name: str, *, timeout_seconds: float | None = None) -> None:
@@ -236,11 +250,14 @@ class AsyncSession:
         request = RollbackSessionRequest(
             request_id=make_id(), session_id=self.id, name=name, holder=self._attachment.holder
         )
-        async with self._attachment.replacing("rollback", deadline):
-            response = await call(
-                self._attachment, lambda transport: transport.sessions.RollbackSession, request, deadline
-            )
-            self._attachment.replaced(response.epoch, response.position)
+        await replace(
+            self._attachment,
+            "rollback",
+            lambda transport: transport.sessions.RollbackSession,
+            request,
+            lambda response: (response.epoch, response.position),
+            deadline,
+        )
 
     def generate(
         self,
@@ -282,15 +299,19 @@ class AsyncSession:
         """
         if self._attachment.is_ended:
             return
-        self._hub.forget(self)
-        await detach(self._attachment, self._hub.deadline(timeout_seconds))
+        await self._leave("detached", detach(self._attachment, self._hub.deadline(timeout_seconds)))
 
     async def close(self, *, timeout_seconds: float | None = None) -> None:
         """End the session on the server, after the steps asked for before. Does nothing where it has ended already."""
         if self._attachment.is_ended:
             return
+        await self._leave("closed", close(self._attachment, self._hub.deadline(timeout_seconds)))
+
+    async def _leave(self, how: str, leaving: Coroutine[Any, Any, None]) -> None:
+        # It goes on to its end also where the caller is cancelled: nobody can ask for it once more.
         self._hub.forget(self)
-        await close(self._attachment, self._hub.deadline(timeout_seconds))
+        self._attachment.end(how)
+        await asyncio.shield(self._hub.carry_out(leaving))
 
     async def __aenter__(self) -> Self:
         return self

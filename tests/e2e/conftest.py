@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.followed import SETTINGS
 from tests.support.forking import ForkedServer, Forker
 from tests.support.replicas import MODEL, Replica, StartReplica
 from tests.support.server import ServerProcess
@@ -97,6 +98,18 @@ def tiny_models_directory(models_directory: Path, tmp_path_factory: pytest.TempP
     for name in (MODEL, "tiny-lstm"):
         (directory / name).symlink_to(models_directory / name)
     return directory
+
+
+@pytest.fixture(scope="session")
+def storing_server(
+    forker: Forker, tiny_models_directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """A server with a store, for tests that cancel calls."""
+    folder = tmp_path_factory.mktemp("storing")
+    settings = {**SETTINGS, "store": f"sqlite:///{folder}/cells.db"}
+    with ForkedServer(folder / "server.log", tiny_models_directory, settings, forker=forker) as process:
+        yield process
+    assert "Traceback" not in process.log, process.log
 
 
 @pytest.fixture
