@@ -76,12 +76,13 @@ class Closing:
         told: Callable[[bool], None] | None = None,
     ) -> None:
         """Let the store know that a session has ended; then answer. told: gets whether it is stored."""
-        core = self._core
-        assert core.keeping is not None
+        core, keeping = self._core, self._core.keeping
+        assert keeping is not None
         forget_at = core.now + core.wall_offset + core.limits.ended_session_memory_seconds
         request_id = "" if target is None else target.request_id
 
         def done(outcomes: Sequence[Outcome]) -> None:
+            keeping.ending.remove(session_id)
             has_ended = outcomes[0] is not Written.FENCED
             if told is not None:
                 told(has_ended)
@@ -92,7 +93,8 @@ class Closing:
             else:
                 core.events.append(event)
 
-        core.keeping.ask([End(session_id, reason, request_id, position, forget_at)], done)
+        keeping.ending.append(session_id)
+        keeping.ask([End(session_id, reason, request_id, position, forget_at)], done)
 
     def _forget(self, row: int, reason: ErrorReason.ValueType) -> str:
         """A session ends here: its id names nothing any more, and it is not written any more."""

@@ -40,6 +40,8 @@ class Keeping:
         self.num_fenced = 0
         self.num_writing = 0  # requests that are under way and change something
         self.withholding = Withholding(core)
+        # Ids whose end is on its way to the store. What was claimed before has ended with it.
+        self.ending: list[str] = []
         self._core = core
         # By id: claims of the session that are under way. It is not left to the store meanwhile.
         self._claims: Counter[str] = Counter()

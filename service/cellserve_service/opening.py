@@ -216,6 +216,8 @@ class Opening:
         row = sessions.row_by_id.get(session_id)
         keeping = core.keeping
         assert keeping is not None
+        if row is None and session_id in keeping.ending:
+            return None
         match claimed.result:
             case ClaimResult.CREATED:
                 if row is not None:

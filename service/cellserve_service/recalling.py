@@ -105,6 +105,8 @@ class Recalling:
                 core.refuse(stream, [request], [_CANCELLED])
             elif row is not None:
                 self._handle(command)
+            elif session_id in keeping.ending:
+                self.recall(command)
             elif isinstance(outcome, Loaded):
                 self._take_loaded(command, stream, request, session_id, outcome)
             else:

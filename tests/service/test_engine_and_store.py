@@ -316,3 +316,36 @@ def test_a_damaged_row_is_refused_by_name_and_nothing_else(pair: Pair) -> None:
     clients[0].send_op(pair.second, clients[0].op)
     pair.settle()
     assert not clients[0].is_open
+
+
+def test_a_session_that_is_closed_between_two_opens_is_closed_for_the_second(pair: Pair) -> None:
+    """The second has claimed it by then, and hears of it only when its end is on its way to the store."""
+    first = pair.first
+    pair.ask_to_open(first, "a", OpenMode.OPEN_MODE_ATTACH_OR_CREATE, Durability.PERIODIC)
+    first.apply()
+    pair.ask_to_open(first, "a", OpenMode.OPEN_MODE_ATTACH, Durability.PERIODIC)
+    first.reply()
+    first.apply()
+    requests = np.array(first.ask(UNARY), np.uint64)
+    first.handle(messages.CloseSessions(SessionTarget(UNARY, requests, session_ids=["a"])))
+    pair.settle()
+    assert sorted(pair.kinds()) == ["SESSION_CLOSED", "done", "ended", "opened"]
+    assert "a" not in first.engine.core.sessions.row_by_id
+    assert pair.fleet.living("a") is None
+
+
+def test_a_call_that_has_claimed_a_session_before_it_was_closed_comes_too_late(pair: Pair) -> None:
+    first = pair.first
+    pair.client("a", Durability.PERIODIC, pair.second)
+    targets = [SessionTarget(UNARY, np.array(first.ask(UNARY), np.uint64), session_ids=["a"]) for _ in range(3)]
+    pair.kinds()
+    first.handle(messages.ResetSessions(targets[0]))
+    first.apply()
+    first.handle(messages.ResetSessions(targets[1]))
+    first.reply()
+    first.apply()
+    first.handle(messages.CloseSessions(targets[2]))
+    pair.settle()
+    assert sorted(pair.kinds()) == ["SESSION_CLOSED", "done", "done"]
+    assert "a" not in first.engine.core.sessions.row_by_id
+    assert pair.fleet.living("a") is None

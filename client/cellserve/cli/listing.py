@@ -90,7 +90,7 @@ def evict(
     """
     options = options_of(context, server=server, writes_json=writes_json)
     positions: dict[str, int] = {}
-    with sync_client(options.server) as client:
+    with sync_client(options.server, options.tls) as client:
         for session_id in ids:
             positions[session_id] = client.evict_session(session_id)
             if not options.writes_json:
