@@ -59,11 +59,12 @@ class Forking:
         if first is not None and request_id and first.request_id == request_id:
             core.events.append(SessionForked(stream, request, fork_id, first.position, first.epoch))
             return
-        refusal = self._check_fork(fork_id, sources)
+        is_durable = durability != Durability.NONE and core.keeping is not None
+        refusal = self._check_fork(fork_id, sources, is_durable=is_durable)
         if refusal is not None:
             refuse(refusal)
             return
-        if durability == Durability.NONE or core.keeping is None:
+        if not is_durable or core.keeping is None:
             self._room.make(1, sources)
             self._make_fork(command, request, served, fork_id, position, state)
             return
@@ -117,12 +118,15 @@ class Forking:
         core.events.append(SessionForked(command.target.stream, request, fork_id, position, epoch))
         return copy
 
-    def _check_fork(self, fork_id: str, sources: Sequence[str]) -> Refusal | None:
+    def _check_fork(self, fork_id: str, sources: Sequence[str], *, is_durable: bool) -> Refusal | None:
         malformed = check_session_id(fork_id)
         if malformed is not None:
             return malformed
         if self._core.is_draining:
             return no_more_sessions()
-        if fork_id in self._core.sessions.row_by_id:
+        sessions = self._core.sessions
+        twin = sessions.row_by_id.get(fork_id)
+        # Of durable sessions the store knows: the one here may have ended elsewhere.
+        if twin is not None and not (is_durable and sessions.is_durable(twin)):
             return exists(f"session {fork_id!r} exists", "fork_session_id")
         return None if self._room.left(1, sources) else session_limit(self._core)
