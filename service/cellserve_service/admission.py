@@ -1,21 +1,23 @@
 """Decides over runs that come in: validated whole, checked against the session's position, then accepted whole.
 
-n rows of a command, N tokens in all.
+n rows of commands, N tokens in all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cellserve.v1.errors_pb2 import ErrorReason
 from cellserve_service.arrivals import Arrivals
 from cellserve_service.core import Core, JoinedRequest
 from cellserve_service.errors import Refusal, invalid
+from cellserve_service.merging import joined
 from cellserve_service.messages import Acknowledge, SubmitRuns
 from cellserve_service.replay import replay
 from cellserve_service.runs import Kind
 from cellserve_service.served import ServedModel
-from cellserve_service.sessions import NO_RUN, Durability
+from cellserve_service.sessions import NO_ROW, NO_RUN, Durability
 from cellserve_service.stepping import IntArray
 from cellserve_service.validation import check_answer_size, check_input, check_models, refuse
 
@@ -31,9 +33,14 @@ class Admission:
         self._core = core
         self._place_by_row = np.zeros(core.sessions.capacity, np.int64)
 
-    def submit(self, command: SubmitRuns) -> None:
-        """Accept the command's rows or refuse them, row by row; accepted ones are queued."""
-        core, arrivals = self._core, self._resolve(command)
+    def submit(self, commands: Sequence[SubmitRuns]) -> None:
+        """Accept the rows of commands that are alike or refuse them, row by row; accepted ones are queued."""
+        core, command = self._core, commands[0]
+        if len(commands) > 1 and not self._are_of_one_model(commands):
+            for one in commands:
+                self.submit([one])
+            return
+        arrivals = self._resolve(commands)
         if not len(arrivals):
             return
         different = self._are_different(arrivals.rows)
@@ -58,22 +65,48 @@ class Admission:
         rows, positions = rows[valid], command.positions[valid]
         self._acknowledge(rows, positions, self._are_different(rows))
 
-    def _resolve(self, command: SubmitRuns) -> Arrivals:
-        """The rows whose sessions there are; the others are refused."""
+    def _are_of_one_model(self, commands: Sequence[SubmitRuns]) -> bool:
+        """Whether all rows that mean a session mean one of the same model."""
         sessions = self._core.sessions
-        if command.handles is not None:
-            rows, valid = sessions.resolve_handles(command.stream, command.handles)
-            if np.count_nonzero(valid) == len(valid):
-                return Arrivals.of(command, rows)
-            handles = command.handles[~valid].tolist()
-            refusals = [sessions.refuse_handle(command.stream, handle) for handle in handles]
+        if len(self._core.served) == 1:
+            return True
+        rows, valid, _ = self._look_up(commands)
+        models = sessions.model[rows[valid]]
+        return bool((models == models[:1]).all())
+
+    def _look_up(self, commands: Sequence[SubmitRuns]) -> tuple[IntArray, NDArray[np.bool_], IntArray]:
+        """Where in the session table each row's session stands, whether there is one, and the stream: (n,) each."""
+        sessions = self._core.sessions
+        streams = np.repeat([command.stream for command in commands], [len(command.requests) for command in commands])
+        if commands[0].handles is not None:
+            rows, valid = sessions.resolve_handles(streams, joined([command.handles for command in commands]))
         else:
-            assert command.session_ids is not None
-            found = [sessions.resolve_id(session_id) for session_id in command.session_ids]
-            rows = np.array([0 if isinstance(row, Refusal) else row for row in found], np.int64)
-            valid = np.array([not isinstance(row, Refusal) for row in found], np.bool_)
-            refusals = [row for row in found if isinstance(row, Refusal)]
-        return refuse(self._core, Arrivals.of(command, rows), ~valid, refusals)
+            ids = [session_id for command in commands for session_id in command.session_ids or ()]
+            rows = np.array([sessions.row_by_id.get(session_id, NO_ROW) for session_id in ids], np.int64)
+            valid = rows != NO_ROW
+        return rows, valid, streams
+
+    def _resolve(self, commands: Sequence[SubmitRuns]) -> Arrivals:
+        """The rows whose sessions there are; the others are refused."""
+        rows, valid, streams = self._look_up(commands)
+        arrivals = Arrivals.of(commands, streams, rows)
+        if np.count_nonzero(valid) == len(valid):
+            return arrivals
+        names: list[int | str] = [
+            name
+            for command in commands
+            for name in (command.session_ids or () if command.handles is None else command.handles.tolist())
+        ]
+        refusals = [self._why_missing(int(streams[place]), names[place]) for place in np.flatnonzero(~valid).tolist()]
+        return refuse(self._core, arrivals, ~valid, refusals)
+
+    def _why_missing(self, stream: int, name: int | str) -> Refusal:
+        """Why a handle of a stream, or an id, means no session."""
+        if isinstance(name, int):
+            return self._core.sessions.refuse_handle(stream, name)
+        refusal = self._core.sessions.resolve_id(name)
+        assert isinstance(refusal, Refusal)
+        return refusal
 
     def _are_different(self, rows: IntArray) -> bool:
         places = np.arange(len(rows))
@@ -134,17 +167,19 @@ class Admission:
         core, digests = self._core, arrivals.digests().tolist()
         deadlines = np.broadcast_to(self._deadlines(arrivals), len(arrivals)).tolist()
         assert arrivals.positions is not None
-        columns = (arrivals.rows, arrivals.positions, arrivals.counts, arrivals.requests)
-        for place, (row, position, count, request) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+        columns = (arrivals.streams, arrivals.rows, arrivals.positions, arrivals.counts, arrivals.requests)
+        for place, (stream, row, position, count, request) in enumerate(
+            zip(*(column.tolist() for column in columns), strict=True)
+        ):
             accepted = int(core.sessions.accepted[row])
             refusal: Refusal | None
             if position + count <= accepted:
-                asked = JoinedRequest(arrivals.stream, request, core.now, deadlines[place])
+                asked = JoinedRequest(stream, request, core.now, deadlines[place])
                 refusal = replay(core, served, row, position, count, digests[place], spec, asked)
             else:
                 refusal = _off_position(position, count, accepted)
             if refusal is not None:
-                core.refuse(arrivals.stream, [request], [refusal])
+                core.refuse(stream, [request], [refusal])
 
     def _within_limits(self, arrivals: Arrivals) -> Arrivals:
         """The rows whose tokens there is room for; the others are refused."""
@@ -175,7 +210,7 @@ class Admission:
         table.token_pool.rows[offset : offset + total] = arrivals.tokens.reshape(total, -1)
         table.tokens[runs] = offset + counts.cumsum() - counts
         table.session[runs] = rows
-        table.stream[runs] = arrivals.stream
+        table.stream[runs] = arrivals.streams
         table.request[runs] = arrivals.requests
         table.start[runs] = start
         table.count[runs] = counts

@@ -1,8 +1,10 @@
-"""Gives out what a tick of runs brought, one event for each stream and output spec, and holds it for repeats.
+"""Gives out what a tick of runs brought, and holds it for repeats.
 
+Runs that asked for the same outputs are answered together, by array operations; then each stream gets its own rows.
 B rows of the tick (sessions), N tokens, n rows of a group.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +38,7 @@ def answer_tick(core: Core, tick: RunTick, result: StepResult) -> None:
     served, table, specs = tick.served, tick.served.runs, tick.served.specs
     streams = table.stream[tick.runs]
     apart = None if core.keeping is None else _kept_apart(core, tick)
-    for places in _groups(streams, tick.spec, specs.is_every[tick.spec] | (tick.remaining == 0), apart):
+    for places in _groups(tick.spec, specs.is_every[tick.spec] | (tick.remaining == 0), apart):
         rows = slice(None) if places is None else places
         first = 0 if places is None else int(places[0])
         runs, spec = tick.runs[rows], int(tick.spec[first])
@@ -58,11 +60,47 @@ def answer_tick(core: Core, tick: RunTick, result: StepResult) -> None:
             accepted_at=table.accepted_at[runs],
             model=served.index,
         )
+        order = streams[rows].argsort(kind="stable")
+        of_streams = _by_stream(streams[rows][order], answers, order)
         if apart is None or not apart[first]:
-            core.events.append(answers)
-        else:
-            assert core.keeping is not None
-            core.keeping.withholding.withhold(answers, tick.rows[rows].tolist(), answers.positions.tolist())
+            core.events += of_streams
+            continue
+        assert core.keeping is not None
+        sessions = iter(tick.rows[rows][order].tolist())
+        for of_stream in of_streams:
+            waiting = list(itertools.islice(sessions, len(of_stream.requests)))
+            core.keeping.withholding.withhold(of_stream, waiting, of_stream.positions.tolist())
+
+
+def _by_stream(streams: IntArray, answers: Answers, order: IntArray) -> list[Answers]:
+    """The answers as each stream gets them. order: (n,) their places by stream; streams: (n,) in this order."""
+    begins = np.flatnonzero(streams[1:] != streams[:-1]) + 1
+    if not len(begins):
+        return [answers]
+    ends_of_rows = answers.num_output_rows[order].cumsum()
+    starts = answers.num_output_rows.cumsum() - answers.num_output_rows
+    outputs = answers.outputs.select(ragged_indices(starts[order], answers.num_output_rows[order]))
+    requests, accepted_at = answers.requests[order], answers.accepted_at[order]
+    columns = (answers.positions, answers.counts, answers.remaining, answers.num_output_rows)
+    positions, counts, remaining, num_output_rows = (column[order] for column in columns)
+    of_streams, first, first_output = [], 0, 0
+    for end in [*begins.tolist(), len(streams)]:
+        rows, end_output = slice(first, end), int(ends_of_rows[end - 1])
+        of_streams.append(
+            Answers(
+                stream=int(streams[first]),
+                requests=requests[rows],
+                positions=positions[rows],
+                counts=counts[rows],
+                remaining=remaining[rows],
+                outputs=outputs.select(slice(first_output, end_output)),
+                num_output_rows=num_output_rows[rows],
+                accepted_at=accepted_at[rows],
+                model=answers.model,
+            )
+        )
+        first, first_output = end, end_output
+    return of_streams
 
 
 def _kept_apart(core: Core, tick: RunTick) -> IntArray | None:
@@ -77,26 +115,19 @@ def _kept_apart(core: Core, tick: RunTick) -> IntArray | None:
     return np.where(waits, np.where(goes_on, np.arange(2, 2 + len(waits)), 1), 0)
 
 
-def _groups(
-    streams: IntArray, spec: IntArray, tells: NDArray[np.bool_], apart: IntArray | None
-) -> Iterator[IntArray | None]:
-    """Places of equal stream and spec among those that have something to tell; None for all places of the tick.
+def _groups(spec: IntArray, tells: NDArray[np.bool_], apart: IntArray | None) -> Iterator[IntArray | None]:
+    """Places of equal spec among those that have something to tell, in their order; None for all of the tick.
 
     apart: places of different numbers go into different groups.
     """
-    alike = tells & (streams == streams[0]) & (spec == spec[0])
-    if apart is None and np.count_nonzero(alike) == len(alike):
+    if apart is None and np.count_nonzero(tells & (spec == spec[0])) == len(spec):
         yield None
         return
     if apart is None:
-        apart = np.zeros_like(streams)
+        apart = np.zeros_like(spec)
     places = np.flatnonzero(tells)
-    order = places[np.lexsort((apart[places], spec[places], streams[places]))]
-    changes = (
-        (streams[order[1:]] != streams[order[:-1]])
-        | (spec[order[1:]] != spec[order[:-1]])
-        | (apart[order[1:]] != apart[order[:-1]])
-    )
+    order = places[np.lexsort((apart[places], spec[places]))]
+    changes = (spec[order[1:]] != spec[order[:-1]]) | (apart[order[1:]] != apart[order[:-1]])
     for group in np.split(order, np.flatnonzero(changes) + 1):
         if len(group):
             yield group

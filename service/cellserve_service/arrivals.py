@@ -1,8 +1,9 @@
-"""The runs of a command as columns, while they are decided over.
+"""The runs of one command, or of several that are alike, as columns, while they are decided over.
 
-n rows of a command, N tokens in all, I input size.
+n rows, N tokens in all, I input size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellserve_service.digests import U64Array, digest_runs, digest_tokens
+from cellserve_service.merging import joined
 from cellserve_service.messages import SubmitRuns
 from cellserve_service.pools import ragged_indices
 from cellserve_service.stepping import FloatArray, IntArray, TokenArray
@@ -19,7 +21,7 @@ from cellserve_service.stepping import FloatArray, IntArray, TokenArray
 class Arrivals:
     """The rows that are not refused so far."""
 
-    stream: int
+    streams: IntArray  # (n,)
     rows: IntArray  # (n,) of the session table
     requests: U64Array  # (n,)
     counts: IntArray  # (n,)
@@ -32,19 +34,17 @@ class Arrivals:
         return len(self.rows)
 
     @classmethod
-    def of(cls, command: SubmitRuns, rows: IntArray) -> "Arrivals":
-        """All rows of a command. rows: (n,) of the session table, of anything where the session is not known."""
-        tokens = command.vectors if command.tokens is None else command.tokens
-        assert tokens is not None
+    def of(cls, commands: Sequence[SubmitRuns], streams: IntArray, rows: IntArray) -> "Arrivals":
+        """All rows of commands. rows: (n,) of the session table, of anything where the session is not known."""
         return cls(
-            command.stream,
+            streams,
             rows,
-            command.requests,
-            command.counts,
-            tokens,
-            command.positions,
-            command.timeouts_seconds,
-            command.acknowledged,
+            joined([command.requests for command in commands]),
+            joined([command.counts for command in commands]),
+            joined([command.vectors if command.tokens is None else command.tokens for command in commands]),
+            joined([command.positions for command in commands]),
+            joined([command.timeouts_seconds for command in commands]),
+            joined([command.acknowledged for command in commands]),
         )
 
     def at(self, places: IntArray) -> "Arrivals":
@@ -57,6 +57,7 @@ class Arrivals:
             tokens = tokens[ragged_indices(starts[places], self.counts[places])]
         return replace(
             self,
+            streams=self.streams[places],
             rows=self.rows[places],
             requests=self.requests[places],
             counts=self.counts[places],

@@ -3,7 +3,7 @@
 Its owner (engine_loop.py) gives it commands and the time, and calls `begin_tick` and `finish_tick` in turn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from cellserve_service import messages
 from cellserve_service.admission import Admission
@@ -20,6 +20,7 @@ from cellserve_service.generation import (
 from cellserve_service.keeping import Keeping
 from cellserve_service.limits import EngineLimits
 from cellserve_service.listing import Listing
+from cellserve_service.merging import merged
 from cellserve_service.messages import Command, Event
 from cellserve_service.opening import Opening
 from cellserve_service.recalling import Recalling
@@ -70,15 +71,26 @@ class Engine:
 
     def handle(self, command: Command, now: float) -> None:
         """Take one command."""
+        self.handle_all([command], now)
+
+    def handle_all(self, commands: Iterable[Command], now: float) -> None:
+        """Take commands in order."""
         self.core.now = now
-        if self._recalling is None or not self._recalling.recall(command):
-            self._handle(command)
+        recalling = self._recalling
+        for command in merged(commands):
+            if not isinstance(command, list):
+                if recalling is None or not recalling.recall(command):
+                    self._handle(command)
+                continue
+            here = command if recalling is None else [runs for runs in command if not recalling.recall(runs)]
+            if here:
+                self._admission.submit(here)
 
     def _handle(self, command: Command) -> None:
         core = self.core
         match command:
             case messages.SubmitRuns():
-                self._admission.submit(command)
+                self._admission.submit([command])
             case messages.Acknowledge():
                 self._admission.acknowledge(command)
             case messages.OpenSessions():

@@ -77,7 +77,8 @@ class EngineLoop:
         engine, clock = self._engine, self._clock
         try:
             while self._inbox:
-                engine.handle(self._inbox.popleft(), clock())
+                commands, self._inbox = self._inbox, deque()
+                engine.handle_all(commands, clock())
             tick = engine.begin_tick(clock())
             if tick is not None:
                 engine.finish_tick(tick, engine.collect(tick), clock())

@@ -278,6 +278,7 @@ class Keeping:
     def lose(self, row: int, refusal: Refusal) -> None:
         """The session is another server's, or cannot be read: its holder and its callers are told, and it leaves."""
         core, sessions = self._core, self._core.sessions
+        sessions.is_in_store[row] = False  # nothing is fetched for it any more
         if row in core.generations:
             core.generations[row].is_lost = True
         core.break_off_generation(row, refusal)
@@ -290,7 +291,7 @@ class Keeping:
         sessions.owner[row] = NO_STREAM
         self.withholding.lose(row)
         sessions.durability[row] = Durability.NONE
-        sessions.is_dirty[row] = sessions.is_due[row] = sessions.is_in_store[row] = False
+        sessions.is_dirty[row] = sessions.is_due[row] = False
         core.wake(row)
         if sessions.ids[row] is None:  # it is being closed, and leaves by that
             core.go_on_with(row)

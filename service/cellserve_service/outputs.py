@@ -4,7 +4,7 @@ R is the number of output rows, k the run's top_k, O the output size, L layers, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -123,8 +123,17 @@ class OutputArrays:
         columns = zip(*(part._arrays() for part in parts), strict=True)
         return cls(*(None if column[0] is None else np.concatenate(column) for column in columns))
 
-    def _arrays(self) -> list[Any]:
-        return [getattr(self, field.name) for field in fields(self)]
+    def _arrays(self) -> tuple[Any, ...]:
+        """Every array, in the order of the fields."""
+        return (
+            self.next_tokens,
+            self.top_tokens,
+            self.top_logprobs,
+            self.logprobs,
+            self.head_outputs,
+            self.states,
+            self.gates,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from cellserve_service.stores.rows import LastRequest
 
 NO_STREAM = 0
 NO_RUN = -1
+NO_ROW = -1
 NO_SLOT = 0
 
 ENDED_MESSAGE = {
@@ -205,8 +206,13 @@ class SessionTable:
     def _next_generation(self, row: int) -> None:
         self.handle[row] = row << 32 | (int(self.handle[row]) + 1) & 0xFFFFFFFF
 
-    def resolve_handles(self, stream: int, handles: NDArray[np.uint64]) -> tuple[IntArray, NDArray[np.bool_]]:
-        """Rows of handles, and which of them are valid on this stream. The row of an invalid one means nothing."""
+    def resolve_handles(
+        self, stream: int | IntArray, handles: NDArray[np.uint64]
+    ) -> tuple[IntArray, NDArray[np.bool_]]:
+        """Rows of handles, and which of them are valid on the stream, one for all or one each.
+
+        The row of an invalid one means nothing.
+        """
         rows = np.minimum(handles >> np.uint64(32), np.uint64(self.capacity - 1)).astype(np.int64)
         return rows, (self.handle[rows] == handles) & (self.owner[rows] == stream)
 

@@ -24,7 +24,10 @@ def refuse(core: Core, arrivals: Arrivals, bad: NDArray[np.bool_], refusals: Ref
         return arrivals
     if isinstance(refusals, Refusal):
         refusals = [refusals] * int(np.count_nonzero(bad))
-    core.refuse(arrivals.stream, arrivals.requests[bad], refusals)
+    streams, requests = arrivals.streams[bad], arrivals.requests[bad]
+    for stream in np.unique(streams).tolist():
+        of_stream = np.flatnonzero(streams == stream)
+        core.refuse(stream, requests[of_stream], [refusals[place] for place in of_stream.tolist()])
     return arrivals.at(np.flatnonzero(~bad))
 
 

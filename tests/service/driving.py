@@ -10,6 +10,7 @@ import numpy as np
 
 from cellserve.v1.stream_pb2 import Durability, OpenMode
 from cellserve_service import messages
+from cellserve_service.merging import merged
 from cellserve_service.messages import Command, InitialState, SessionTarget, SubmitGenerate
 from cellserve_service.outputs import NO_OUTPUTS, OutputSpec
 from tests.service.engine_checks import check_nothing_left
@@ -122,6 +123,28 @@ class Driver(SideBySide):
 
     def run(self, stream: int, *rows: Row, outputs: OutputSpec = NO_OUTPUTS) -> list[int]:
         """Submit runs; positions are sent if the first row has one, timeouts and acknowledgements if any has."""
+        command = self._command(stream, rows, outputs)
+        self._handle(command)
+        self._expect_runs([(command, rows)])
+        self._compare()
+        requests: list[int] = command.requests.tolist()
+        return requests
+
+    def run_together(self, *batches: tuple[int, Sequence[Row]], outputs: OutputSpec = NO_OUTPUTS) -> None:
+        """Submit runs of several streams in one turn: the engine decides together over those that are alike."""
+        commands = [self._command(stream, rows, outputs) for stream, rows in batches]
+        self._handle(*commands)
+        rest = list(zip(commands, (rows for _, rows in batches), strict=True))
+        for group in merged(commands):
+            assert isinstance(group, list)
+            together, rest = rest[: len(group)], rest[len(group) :]
+            found = [self._find(command.stream, row.session) for command, rows in together for row in rows]
+            models = {session.model.name for session in found if not isinstance(session, str)}
+            for part in [together] if len(models) < 2 else [[each] for each in together]:
+                self._expect_runs(part)
+        self._compare()
+
+    def _command(self, stream: int, rows: Sequence[Row], outputs: OutputSpec) -> messages.SubmitRuns:
         requests = [self._ask(stream) for _ in rows]
         by_id = isinstance(rows[0].session, str)
         has_positions = rows[0].position is not None
@@ -132,24 +155,19 @@ class Driver(SideBySide):
         else:
             tokens = np.array(flat, np.uint32)
         timeouts, acknowledged = [row.timeout for row in rows], [row.acknowledged for row in rows]
-        self._handle(
-            messages.SubmitRuns(
-                stream=stream,
-                requests=np.array(requests, np.uint64),
-                handles=None if by_id else np.array([row.session for row in rows], np.uint64),
-                session_ids=[str(row.session) for row in rows] if by_id else None,
-                counts=np.array([len(row.tokens) for row in rows], np.int64),
-                tokens=tokens,
-                vectors=vectors,
-                positions=np.array([row.position for row in rows], np.int64) if has_positions else None,
-                timeouts_seconds=np.array(timeouts) if any(timeouts) else None,
-                acknowledged=np.array(acknowledged, np.int64) if any(acknowledged) else None,
-                outputs=outputs,
-            )
+        return messages.SubmitRuns(
+            stream=stream,
+            requests=np.array(requests, np.uint64),
+            handles=None if by_id else np.array([row.session for row in rows], np.uint64),
+            session_ids=[str(row.session) for row in rows] if by_id else None,
+            counts=np.array([len(row.tokens) for row in rows], np.int64),
+            tokens=tokens,
+            vectors=vectors,
+            positions=np.array([row.position for row in rows], np.int64) if has_positions else None,
+            timeouts_seconds=np.array(timeouts) if any(timeouts) else None,
+            acknowledged=np.array(acknowledged, np.int64) if any(acknowledged) else None,
+            outputs=outputs,
         )
-        self._expect_runs(stream, requests, rows, outputs, any(acknowledged), has_positions)
-        self._compare()
-        return requests
 
     def submit_raw(self, stream: int, session: int | str, **columns: Any) -> list[str]:
         """One run past the plain sessions, whatever its columns are; returns why it was refused."""
@@ -175,40 +193,39 @@ class Driver(SideBySide):
         records = flat_records(self.engine.take_events())
         return [str(record.facts[0]) for record, _ in records]
 
-    def _expect_runs(
-        self,
-        stream: int,
-        requests: Sequence[int],
-        rows: Sequence[Row],
-        outputs: OutputSpec,
-        acknowledges: bool,
-        has_positions: bool,
-    ) -> None:
+    def _expect_runs(self, together: Sequence[tuple[messages.SubmitRuns, Sequence[Row]]]) -> None:
+        """What comes of commands that are decided over together."""
         plain = self.plain
-        found: list[tuple[int, Row, PlainSession]] = []
-        for request, row in zip(requests, rows, strict=True):
+        first, outputs = together[0][0], together[0][0].outputs
+        asked = [
+            (command.stream, request, row)
+            for command, rows in together
+            for request, row in zip(command.requests.tolist(), rows, strict=True)
+        ]
+        found: list[tuple[int, int, Row, PlainSession]] = []
+        for stream, request, row in asked:
             session = self._find(stream, row.session)
             if isinstance(session, str):
                 plain.refuse(stream, request, session)
             else:
-                found.append((request, row, session))
-                if acknowledges:
+                found.append((stream, request, row, session))
+                if first.acknowledged is not None:
                     plain.acknowledge(session, row.acknowledged)
         turns = Counter[int]()
-        by_turn: list[tuple[int, int, Row, PlainSession]] = []
-        for request, row, session in found:
-            reason = self._why_invalid(row, session, found[0][2], outputs)
+        by_turn: list[tuple[int, int, int, Row, PlainSession]] = []
+        for stream, request, row, session in found:
+            reason = self._why_invalid(row, session, found[0][3], outputs)
             if reason is None and turns[id(session)] >= self.limits.max_session_pending_tokens:
                 reason = "QUEUE_FULL"
             if reason is not None:
                 plain.refuse(stream, request, reason)
                 continue
-            by_turn.append((turns[id(session)], request, row, session))
+            by_turn.append((turns[id(session)], stream, request, row, session))
             turns[id(session)] += 1
         # Rows of a session in their order; between sessions, first rows first.
-        for _, request, row, session in sorted(by_turn, key=lambda entry: entry[0]):
+        for _, stream, request, row, session in sorted(by_turn, key=lambda entry: entry[0]):
             deadline = self.now + row.timeout if row.timeout else np.inf
-            position = row.position if has_positions else None
+            position = None if first.positions is None else row.position
             plain.submit(session, stream, request, row.tokens, outputs, position, deadline)
 
     def _why_invalid(self, row: Row, session: PlainSession, first: PlainSession, outputs: OutputSpec) -> str | None:

@@ -180,9 +180,9 @@ class SideBySide:
     def _find(self, stream: int, session: int | str) -> PlainSession | str:
         return self.plain.by_id(session) if isinstance(session, str) else self.plain.by_handle(stream, session)
 
-    def _handle(self, command: Command) -> list[tuple[Record, int]]:
+    def _handle(self, *commands: Command) -> list[tuple[Record, int]]:
         self.agrees = False
-        self.engine.handle(command, self.now)
+        self.engine.handle_all(commands, self.now)
         self._records = self._take_records()
         return self._records
 

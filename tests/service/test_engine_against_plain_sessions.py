@@ -142,7 +142,22 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(data=st.data(), spec=st.sampled_from(SPECS), number=st.integers(1, 4))
     def run(self, data: st.DataObject, spec: OutputSpec, number: int) -> None:
         stream = self._stream(data)
+        self.driver.run(stream, *self._rows(data, stream, number, {}), outputs=spec)
+
+    @rule(data=st.data(), spec=st.sampled_from(SPECS), number=st.integers(2, 4))
+    def run_together(self, data: st.DataObject, spec: OutputSpec, number: int) -> None:
+        """Runs of several streams, and of unary calls, that come in one turn of the event loop."""
         sent: dict[int, int] = {}
+        batches = []
+        for _ in range(number):
+            if data.draw(st.integers(0, 3)) == 0:
+                batches.append((UNARY, [self._row(data, UNARY, self._id(data), sent)]))
+            else:
+                stream = self._stream(data)
+                batches.append((stream, self._rows(data, stream, data.draw(st.integers(1, 2)), sent)))
+        self.driver.run_together(*batches, outputs=spec)
+
+    def _rows(self, data: st.DataObject, stream: int, number: int, sent: dict[int, int]) -> list[Row]:
         rows = [self._row(data, stream, self._handle(data, stream), sent) for _ in range(number)]
         if len({isinstance(token, tuple) for row in rows for token in row.tokens}) == 2:
             # One column for all: the rows of the other kind of model are meant to be refused.
@@ -154,7 +169,7 @@ class EngineMachine(RuleBasedStateMachine):
         if data.draw(st.integers(0, 2)) == 0:
             for row in rows:
                 row.acknowledged = data.draw(st.integers(0, 12))
-        self.driver.run(stream, *rows, outputs=spec)
+        return rows
 
     @rule(data=st.data(), spec=st.sampled_from(SPECS), positioned=st.booleans())
     def step(self, data: st.DataObject, spec: OutputSpec, positioned: bool) -> None:

@@ -349,3 +349,28 @@ def test_a_call_that_has_claimed_a_session_before_it_was_closed_comes_too_late(p
     assert sorted(pair.kinds()) == ["SESSION_CLOSED", "done", "done"]
     assert "a" not in first.engine.core.sessions.row_by_id
     assert pair.fleet.living("a") is None
+
+
+def test_a_session_that_is_closed_while_its_damaged_state_is_loaded_ends() -> None:
+    pair = Pair(replace(LIMITS, max_parked_states=0))
+    clients = [pair.client(name, Durability.PERIODIC) for name in "abc"]
+    for client in clients:  # two slots: the first is parked, and left to the store
+        pair.run(client, 1)
+        pair.first.tick()
+    pair.first.checkpoint()
+    pair.settle()
+    pair.first.sweep()
+    row = pair.first.engine.core.sessions.row_by_id["a"]
+    assert pair.first.engine.core.sessions.is_in_store[row]
+    found = pair.fleet.store._sessions["a"]
+    assert isinstance(found, Living)
+    clients[0].is_damaged = True
+    pair.fleet.store._sessions["a"] = replace(found, row=replace(found.row, blob=flipped(found.row.blob, 40)))
+    pair.run(clients[0], 2)
+    clients[0].begin_op("close")
+    assert clients[0].op is not None
+    clients[0].send_op(pair.first, clients[0].op)
+    pair.kinds()
+    pair.settle()
+    assert "STATE_DAMAGED" in pair.kinds()
+    assert not pair.first.engine.core.sessions.is_open[row]

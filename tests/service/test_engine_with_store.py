@@ -200,7 +200,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         op = client.last_op
         if op.kind == "close":
-            if client.is_open or client.birth is not None:
+            if client.is_open or client.birth is not None or client.tried:  # it may live again
                 return
         elif op.kind == "fork" or not client.is_open or client.is_asking("generate", "echo"):
             return
