@@ -288,6 +288,8 @@ class Opening:
             missing = core.sessions.resolve_id(session_id) if ended is None else ended_refusal(session_id, ended)
             assert isinstance(missing, Refusal)
             return missing
+        if self._durability(command) != Durability.NONE:
+            return None  # it was here when the store was asked, which so was given nothing to create
         if not self._room.make(1):
             return session_limit(core)
         return self._taking_over.create(command, {place: session_id}, [place])[0]

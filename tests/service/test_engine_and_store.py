@@ -374,3 +374,27 @@ def test_a_session_that_is_closed_while_its_damaged_state_is_loaded_ends() -> No
     pair.settle()
     assert "STATE_DAMAGED" in pair.kinds()
     assert not pair.first.engine.core.sessions.is_open[row]
+
+
+def test_a_session_that_has_left_while_the_store_was_asked_is_created_as_durable_as_it_was_asked_for(
+    pair: Pair,
+) -> None:
+    first, second = pair.first, pair.second
+    pair.client("a", Durability.PERIODIC)
+    pair.ask_to_open(second, "a", OpenMode.OPEN_MODE_ATTACH, Durability.PERIODIC)
+    second.apply()
+    second.reply()
+    second.handle(
+        messages.CloseSessions(SessionTarget(UNARY, np.array(second.ask(UNARY), np.uint64), session_ids=["a"]))
+    )
+    second.apply()
+    second.reply()
+    pair.ask_to_open(first, "a", OpenMode.OPEN_MODE_ATTACH_OR_CREATE, Durability.PERIODIC)
+    first.apply()
+    first.handle(messages.MovedAway("a", 1 << 20))
+    pair.kinds()
+    pair.settle()
+    assert pair.kinds() == ["opened"]
+    row = first.engine.core.sessions.row_by_id["a"]
+    assert first.engine.core.sessions.is_durable(row)
+    assert pair.fleet.living("a") is not None
