@@ -6,6 +6,7 @@ and `repeated fixed64`, read and write the same frames. A column that is not sen
 encoder sends it, is not seen here, and its command is refused for columns of unequal length.
 """
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -63,5 +64,7 @@ def read_column(column: bytes, dtype: str) -> NDArray[Any]:
 
 
 def write_column(numbers: NDArray[Any], dtype: str) -> bytes:
-    """A column's bytes. dtype: '<u4' or '<u8'."""
-    return np.ascontiguousarray(numbers, dtype).tobytes()
+    """A column's bytes. dtype: '<u4' or '<u8'; the numbers are none below zero."""
+    if numbers.itemsize != int(dtype[-1]) or sys.byteorder != "little":
+        numbers = numbers.astype(dtype)
+    return numbers.tobytes()

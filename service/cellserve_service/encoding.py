@@ -54,27 +54,10 @@ def _add_float_blocks(columns: Any, outputs: OutputArrays) -> None:
             block.values = np.ascontiguousarray(array, "<f4").tobytes()
 
 
-def output_bytes(outputs: OutputArrays) -> int:
-    """Bytes that the outputs take, nearly."""
-    return sum(
-        array.nbytes
-        for array in (
-            outputs.next_tokens,
-            outputs.top_tokens,
-            outputs.top_logprobs,
-            outputs.logprobs,
-            outputs.head_outputs,
-            outputs.states,
-            outputs.gates,
-        )
-        if array is not None
-    )
-
-
 def event_bytes(event: Event) -> int:
     """Bytes that an event takes on the wire, nearly: what a slow reader leaves unsent."""
     if isinstance(event, Answers):
-        return ANSWER_ROW_BYTES * len(event.requests) + output_bytes(event.outputs)
+        return ANSWER_ROW_BYTES * len(event.requests) + event.outputs.num_bytes
     if isinstance(event, Failures | Opened | Done):
         return EVENT_ROW_BYTES * len(event.requests)
     if isinstance(event, DurablePositions):
@@ -104,7 +87,7 @@ def _parts(event: Event, max_bytes: int) -> Iterator[tuple[Event, int]]:
         yield event, num_bytes
         return
     total_rows = max(1, int(event.num_output_rows.sum()))
-    row_bytes = output_bytes(event.outputs) / total_rows
+    row_bytes = event.outputs.num_bytes / total_rows
     sizes = ANSWER_ROW_BYTES + event.num_output_rows * row_bytes
     first, used = 0, 0.0
     for row, row_size in enumerate(sizes.tolist()):

@@ -123,6 +123,11 @@ class OutputArrays:
         columns = zip(*(part._arrays() for part in parts), strict=True)
         return cls(*(None if column[0] is None else np.concatenate(column) for column in columns))
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all arrays."""
+        return sum([array.nbytes for array in self._arrays() if array is not None])
+
     def _arrays(self) -> tuple[Any, ...]:
         """Every array, in the order of the fields."""
         return (
