@@ -57,8 +57,9 @@ def next_tokens(answers: Sequence[bytes]) -> list[int]:
 
 
 def is_last(message: bytes) -> bool:
-    """Whether nothing of a session's answer is left, or it is no answer."""
-    return not any(any(event.answers.remaining) for event in StreamResponse.FromString(message).events)
+    """Whether a session's one unanswered run is answered whole by this message: a row of it has nothing remaining."""
+    answers = [event.answers for event in StreamResponse.FromString(message).events if event.HasField("answers")]
+    return not answers or any(not each.remaining or 0 in each.remaining for each in answers)
 
 
 def step_message(session_id: str, tokens: Sequence[int]) -> bytes:

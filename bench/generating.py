@@ -17,6 +17,7 @@ __all__ = ["generate"]
 
 _HIDDEN_SIZE: Final = 512
 _NUM_CHECKED: Final = 32
+_TIMEOUT_SECONDS: Final = 600.0  # a slow server is to be measured, not given up
 _SLICE_TOKENS: Final = 16  # of a call of the loop in process
 
 
@@ -30,7 +31,7 @@ async def generate(bench: Bench) -> None:
                 size = {"H": _HIDDEN_SIZE, "sessions": number}
                 row = Row("E4", "generate", size, "tokens/s", "the stepper's loop in process", Goal(">=", 0.8), checked)
                 sessions = await client.open_sessions(model.parent.name, number)
-                trial = await _sample(sessions, 4 * _SLICE_TOKENS, server.pid)
+                trial = await _sample(sessions, _SLICE_TOKENS, server.pid)
                 num_tokens = max(_SLICE_TOKENS, round(trial.tokens_per_second * bench.effort.seconds / number))
 
                 async def limit(number: int = number) -> float:
@@ -75,7 +76,7 @@ async def _sample(sessions: list[AsyncSession], num_tokens: int, server_pid: int
     async def follow(session: AsyncSession) -> None:
         begin = time.perf_counter()
         is_first = True
-        async for _ in session.generate(num_tokens):
+        async for _ in session.generate(num_tokens, timeout_seconds=_TIMEOUT_SECONDS):
             if is_first:
                 firsts.append(time.perf_counter() - begin)
                 is_first = False

@@ -41,18 +41,22 @@ def draw(file: Path, directory: Path) -> list[Path]:
 
 
 def _cell_time(rows: Sequence[dict[str, Any]], constants: dict[str, Any]) -> Figure | None:
-    """Microseconds of a step by batch size, and the time that its arithmetic and its bytes need at least."""
+    """Microseconds of a step by batch size; its limit in the same run; what arithmetic and bytes need at least."""
     found = [row for row in rows if row["id"] == "K1" and row["what"] == _ROOFLINE_CELL and _is_first(row)]
     if not found:
         return None
     figure, axes = _axes(f"one step of {_ROOFLINE_CELL}, one thread", "sessions in the batch", "microseconds")
     for color, hidden_size in enumerate(sorted({row["size"]["H"] for row in found})):
         batch_sizes = sorted(row["size"]["B"] for row in found if row["size"]["H"] == hidden_size)
-        times = [_one(found, hidden_size, batch)["details"]["us a step"] for batch in batch_sizes]
+        rows_by_batch = [_one(found, hidden_size, batch) for batch in batch_sizes]
+        times = [row["details"]["us a step"] for row in rows_by_batch]
+        limits = [1e6 * row["size"]["B"] / row["limit"] for row in rows_by_batch]
         roof = [_roof_microseconds(hidden_size, batch, constants) for batch in batch_sizes]
         axes.plot(batch_sizes, times, "o-", color=f"C{color}", label=f"H={hidden_size}")
-        axes.plot(batch_sizes, roof, "--", color=f"C{color}", linewidth=0.8)
-    axes.plot([], [], "--", color="gray", linewidth=0.8, label="roofline: torch.mm's best, reading's best")
+        axes.plot(batch_sizes, limits, "--", color=f"C{color}", linewidth=0.8)
+        axes.plot(batch_sizes, roof, ":", color=f"C{color}", linewidth=0.8)
+    axes.plot([], [], "--", color="gray", linewidth=0.8, label="weights read, then torch.mm, same run")
+    axes.plot([], [], ":", color="gray", linewidth=0.8, label="roofline of the machine's best")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.legend()

@@ -34,9 +34,16 @@ class Sample:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of another process, user and system, all threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
+    """Processor time of another process, user and system, of all threads that it has.
+
+    By the scheduler's nanoseconds where the kernel tells them: the usual ticks are 10 ms, a few per cent of a sample.
+    """
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+    except FileNotFoundError:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
 
 
 def resident_bytes(pid: int) -> int:

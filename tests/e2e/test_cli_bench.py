@@ -1,9 +1,13 @@
 """`cellserve bench` against a real server: the load is the one asked for, and what it tells is so."""
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -154,3 +158,22 @@ def test_several_addresses_are_loaded_together(cellserve: Cellserve, server: Ser
     assert shown["server"] == both
     assert shown["num_requests"] > 0
     assert shown["failures"] == {}
+
+
+def test_progress_is_shown_on_a_terminal_and_results_alone_on_standard_output(server: ServerProcess) -> None:
+    ours, its = os.openpty()
+    command = [sys.executable, "-c", "from cellserve._command import main; main()", "bench", "--server", server.target]
+    arguments = ["--json", "--model", "tiny-gru", "--sessions", "4", "--duration", "1"]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=its, env=environment) as process:
+        os.close(its)
+        shown = b""
+        with contextlib.suppress(OSError):  # what reading gives when the other end is closed
+            while part := os.read(ours, 65536):
+                shown += part
+        os.close(ours)
+        assert process.stdout is not None
+        assert json.loads(process.stdout.read())["num_requests"] > 0
+    assert process.returncode == 0
+    assert b"4 sessions" in shown
+    assert re.search(rb"[1-9][\d,]* tokens/s", shown)
