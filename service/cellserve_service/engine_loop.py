@@ -13,10 +13,15 @@ from collections import deque
 from collections.abc import Callable
 
 from cellserve_service.engine import Engine
-from cellserve_service.messages import Command, Event
+from cellserve_service.messages import Command, Event, SubmitGenerate, SubmitRuns
 from cellserve_service.store_requests import StoreRequest
 
 SWEEP_SECONDS = 1.0
+# gRPC accepts one call in some turns of the event loop. A batch that began with the first would hold up the next, and
+# calls would be served one by one: so a turn of the engine waits until so many turns of the loop have brought nothing,
+# but not for longer than the last one took, or this.
+GATHERING_TURNS = 4
+GATHERING_SECONDS = 0.002
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +53,8 @@ class EngineLoop:
         self._inbox: deque[Command] = deque()
         self._loop = asyncio.get_running_loop()
         self._has_turn = False
+        self._gathers = False  # since a call came; streams bring what they have in one turn of the loop
+        self._turn_seconds = 0.0  # of the last turn
         self._ended = False
         # What was loaded until here stays: the collector need not look through it again and again.
         gc.collect()
@@ -59,6 +66,7 @@ class EngineLoop:
     def post(self, command: Command) -> None:
         """Give the engine a command; it takes it in its next turn."""
         self._inbox.append(command)
+        self._gathers |= _is_of_call(command)
         self._ask_for_turn()
 
     def stop(self) -> None:
@@ -68,13 +76,25 @@ class EngineLoop:
     def _ask_for_turn(self) -> None:
         if not self._has_turn and not self._ended:
             self._has_turn = True
-            self._loop.call_soon(self._take_turn)
+            seconds = max(GATHERING_SECONDS, self._turn_seconds)
+            self._loop.call_soon(self._gather, 0, 0, self._clock() + seconds)
+
+    def _gather(self, num_before: int, num_idle: int, until: float) -> None:
+        """Take a turn when calls have ceased to come. num_before: commands one turn of the loop ago."""
+        number = len(self._inbox)
+        num_idle = num_idle + 1 if number == num_before else 0
+        if not self._gathers or num_idle >= GATHERING_TURNS or self._clock() >= until:
+            self._gathers = False
+            self._take_turn()
+        else:
+            self._loop.call_soon(self._gather, number, num_idle, until)
 
     def _take_turn(self) -> None:
         self._has_turn = False
         if self._ended:
             return
         engine, clock = self._engine, self._clock
+        begun_at = clock()
         try:
             while self._inbox:
                 commands, self._inbox = self._inbox, deque()
@@ -84,6 +104,7 @@ class EngineLoop:
                 engine.finish_tick(tick, engine.collect(tick), clock())
             if self._is_checkpointing:
                 self._is_checkpointing = engine.write_due(clock())
+            self._turn_seconds = clock() - begun_at
             events = engine.take_events()
             requests = engine.take_store_requests()
         except BaseException as error:  # the process ends with it, whatever it is
@@ -119,3 +140,8 @@ class EngineLoop:
         self._ended = True
         logger.error("the engine failed", exc_info=error)
         self._failed(error)
+
+
+def _is_of_call(command: Command) -> bool:
+    """Whether a run or a generate comes by a call of its own."""
+    return isinstance(command, SubmitGenerate) or (isinstance(command, SubmitRuns) and command.handles is None)
