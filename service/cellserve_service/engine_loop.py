@@ -17,11 +17,13 @@ from cellserve_service.messages import Command, Event, SubmitGenerate, SubmitRun
 from cellserve_service.store_requests import StoreRequest
 
 SWEEP_SECONDS = 1.0
-# gRPC accepts one call in some turns of the event loop. A batch that began with the first would hold up the next, and
-# calls would be served one by one: so a turn of the engine waits until so many turns of the loop have brought nothing,
-# but not for longer than the last one took, or this.
+# gRPC brings one call, and one frame of a stream, in some turns of the event loop. A batch that began with the first
+# would hold up the next for as long as it takes, and they would be served one by one. So where more may be on its way, a
+# turn of the engine waits until so many turns of the loop have brought nothing, but not for longer than the last one
+# took, or this. More may be on its way behind a call, and behind what must have come while the last batch was computed.
 GATHERING_TURNS = 4
 GATHERING_SECONDS = 0.002
+AT_ONCE_SECONDS = 0.0001
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +55,9 @@ class EngineLoop:
         self._inbox: deque[Command] = deque()
         self._loop = asyncio.get_running_loop()
         self._has_turn = False
-        self._gathers = False  # since a call came; streams bring what they have in one turn of the loop
+        self._gathers = False  # more may be on its way
         self._turn_seconds = 0.0  # of the last turn
+        self._turn_ended_at = 0.0
         self._ended = False
         # What was loaded until here stays: the collector need not look through it again and again.
         gc.collect()
@@ -66,7 +69,7 @@ class EngineLoop:
     def post(self, command: Command) -> None:
         """Give the engine a command; it takes it in its next turn."""
         self._inbox.append(command)
-        self._gathers |= _is_of_call(command)
+        self._gathers = self._gathers or (_is_of_call(command) or self._clock() - self._turn_ended_at < AT_ONCE_SECONDS)
         self._ask_for_turn()
 
     def stop(self) -> None:
@@ -104,7 +107,8 @@ class EngineLoop:
                 engine.finish_tick(tick, engine.collect(tick), clock())
             if self._is_checkpointing:
                 self._is_checkpointing = engine.write_due(clock())
-            self._turn_seconds = clock() - begun_at
+            self._turn_ended_at = clock()
+            self._turn_seconds = self._turn_ended_at - begun_at
             events = engine.take_events()
             requests = engine.take_store_requests()
         except BaseException as error:  # the process ends with it, whatever it is
