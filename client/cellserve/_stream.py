@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["Connection"]
 
 _WATCH_SECONDS: Final = 1.0
+# A server that is asked more than it can answer reads frame after frame, a batch each. So while it says nothing, what
+# comes after so many frames is gathered for a while, and makes one frame.
+_MAX_UNHEARD_FRAMES: Final = 2
+_HEARING_SECONDS: Final = 0.005
 
 _log: Final = logging.getLogger("cellserve")
 
@@ -57,6 +61,8 @@ class Connection:
         self._patience = patience
         self._oldest: tuple[int, int] | None = None  # as it was when the patience with it began
         self._waits_since = 0.0
+        self._num_unheard = 0  # frames, since the server said something
+        self._has_heard_again = asyncio.Event()
         self._watch_timer = self._loop.call_later(_WATCH_SECONDS, self._watch)
         self._writer = self._loop.create_task(self._write())
         self._reader = self._loop.create_task(self._read())
@@ -77,9 +83,12 @@ class Connection:
         try:
             while True:
                 await has_work.wait()
+                if self._num_unheard >= _MAX_UNHEARD_FRAMES:
+                    await self._hear()
                 has_work.clear()
                 for frame in take_frames():
                     await write(frame)
+                    self._num_unheard += 1
                 if not self.is_open and not has_work.is_set():
                     await self._call.done_writing()
                     return
@@ -89,12 +98,23 @@ class Connection:
             _log.exception("a frame could not be made; the stream is given up")
             self._call.cancel()
 
+    async def _hear(self) -> None:
+        """Waits for the server to say something, but not for long."""
+        self._has_heard_again.clear()
+        timer = self._loop.call_later(_HEARING_SECONDS, self._has_heard_again.set)
+        try:
+            await self._has_heard_again.wait()
+        finally:
+            timer.cancel()
+
     async def _read(self) -> None:
         code, details = "UNKNOWN", None
         is_draining = False
         try:
             while isinstance(response := await self._call.read(), StreamResponse):
                 self.has_heard = True
+                self._num_unheard = 0
+                self._has_heard_again.set()
                 self.conversation.receive(response)
                 if not is_draining and self.conversation.is_draining:
                     is_draining = True
