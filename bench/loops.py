@@ -15,7 +15,7 @@ import numpy.typing as npt
 from bench.report import Sample
 from cellserve import AsyncClient, AsyncSession
 
-__all__ = ["Loop", "long_runs", "single_steps", "step_columns", "timed"]
+__all__ = ["Loop", "cpu_seconds", "long_runs", "single_steps", "step_columns", "timed"]
 
 _CLOCK_TICKS: Final = os.sysconf("SC_CLK_TCK")
 # To take the time of every step would itself take time.
@@ -91,7 +91,7 @@ async def timed(
 ) -> Sample:
     """Time a loop, and count the processor time of both processes, also in the settle_seconds behind it."""
     position = sum(session.position for session in sessions)
-    client_cpu, server_cpu = time.process_time(), _cpu_seconds(server_pid)
+    client_cpu, server_cpu = time.process_time(), cpu_seconds(server_pid)
     begin = time.perf_counter()
     latencies = await loop(num_steps)
     seconds = time.perf_counter() - begin
@@ -103,11 +103,11 @@ async def timed(
         p50_seconds=float(p50),
         p99_seconds=float(p99),
         client_cpu_microseconds=1e6 * (time.process_time() - client_cpu) / num_tokens,
-        server_cpu_microseconds=1e6 * (_cpu_seconds(server_pid) - server_cpu) / num_tokens,
+        server_cpu_microseconds=1e6 * (cpu_seconds(server_pid) - server_cpu) / num_tokens,
     )
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
     """Processor time of another process, user and system, all threads."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
