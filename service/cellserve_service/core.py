@@ -261,11 +261,12 @@ class Core:
         runs = served.runs
         if runs.kind[run] == Kind.GENERATE:
             self.end_generation(row)
-            self.refuse_in_turn(row, int(runs.stream[run]), int(runs.request[run]), refusal)
+            self.refuse_in_turn(row, *runs.request_of(run), refusal)
             return
         assert runs.status[run] == Status.WAITING
         self._count_pending(row, -int(runs.count[run]))
-        self.refuse(int(runs.stream[run]), [int(runs.request[run])], [refusal])
+        stream, request = runs.request_of(run)
+        self.refuse(stream, [request], [refusal])
         for joined in self.joined.pop((served.index, run), ()):
             self.refuse(joined.stream, [joined.request], [refusal])
 
@@ -290,12 +291,14 @@ class Core:
         if not joined:
             return False
         runs = served.runs
-        self.refuse(int(runs.stream[run]), [int(runs.request[run])], [refusal])
+        stream, request = runs.request_of(run)
+        self.refuse(stream, [request], [refusal])
         heir = joined.pop(0)
-        runs.stream[run] = heir.stream
-        runs.request[run] = heir.request
-        runs.accepted_at[run] = heir.accepted_at
-        runs.deadline[run] = heir.deadline
+        requests, asked = runs.requests, runs.asked[run]
+        requests.stream[asked] = heir.stream
+        requests.number[asked] = heir.request
+        requests.accepted_at[asked] = heir.accepted_at
+        requests.deadline[asked] = heir.deadline
         return True
 
     def waiting_runs(self, row: int) -> list[int]:

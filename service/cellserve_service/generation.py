@@ -135,9 +135,7 @@ def _accept(core: Core, command: SubmitGenerate, row: int, digest: int, remainin
     sessions, table = core.sessions, core.model_of(row).runs
     runs = table.allocate(1, Kind.GENERATE)
     table.session[runs] = row
-    table.stream[runs] = command.stream
-    table.request[runs] = command.request
-    table.deadline[runs] = np.inf
+    table.ask(runs, command.stream, command.request, core.now, np.inf)
     table.append(np.array([row], np.int64), runs)
     core.generations[row] = Generation(command, int(runs[0]), remaining, digest)
     sessions.is_generating[row] = True

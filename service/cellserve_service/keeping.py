@@ -302,10 +302,11 @@ class Keeping:
         runs, run = served.runs, int(core.sessions.next_run[row])
         if run == NO_RUN or runs.kind[run] != Kind.RUN or runs.status[run] != Status.STARTED:
             return
-        core.refuse(int(runs.stream[run]), [int(runs.request[run])], [refusal])
+        stream, request = runs.request_of(run)
+        core.refuse(stream, [request], [refusal])
         for joined in core.joined.pop((served.index, run), ()):
             core.refuse(joined.stream, [joined.request], [refusal])
-        runs.stream[run] = NO_STREAM
+        runs.requests.stream[runs.asked[run]] = NO_STREAM
 
     def leave(self, row: int) -> None:
         """Free a session without an id when what was accepted is done."""

@@ -43,7 +43,7 @@ class SideBySide:
         self.engine = Engine(self.steppers, self.limits, self.statistics)
         for served in self.engine.core.served:
             # So small that they are compacted all the time.
-            for pool in (served.runs.token_pool, served.runs.held_pool):
+            for pool in (served.runs.requests.token_pool, served.runs.held_pool):
                 pool.rows = pool.rows[:4]
         sessions = self.engine.core.sessions
         self.plain = PlainService(self.models, self.limits, lambda session_id: sessions.row_by_id[session_id])
