@@ -207,6 +207,13 @@ class Core:
             handles = self.sessions.handle[row : row + 1].copy()
             self.events.append(SessionEnded(owner, handles, reason))
 
+    def tell_owners(self, rows: IntArray, reason: ErrorReason.ValueType) -> None:
+        """The same for the streams that hold some sessions."""
+        owners = self.sessions.owner[rows]
+        for owner in np.unique(owners[owners != NO_STREAM]).tolist():
+            handles = self.sessions.handle[rows[owners == owner]]
+            self.events.append(SessionEnded(owner, handles, reason))
+
     def wake(self, row: int) -> None:
         """Let a session go on that may have rested for a slow reader who does not matter any more."""
         if self.sessions.stage[row] == Stage.RESTING:

@@ -32,7 +32,11 @@ from cellserve_service.state_operations import StateOperations
 from cellserve_service.statistics import ModelStatistics, Statistics
 from cellserve_service.stepping import Stepper
 from cellserve_service.store_requests import MOVED, StoreRequest
+from cellserve_service.targets import split
 from cellserve_service.ticks import begin_run_tick, finish_run_tick
+
+# Of one command that is done session by session: a few milliseconds, so that no command holds up the ticks.
+MAX_TURN_TARGETS = 128
 
 Tick = RunTick | GenerateTick
 
@@ -68,11 +72,13 @@ class Engine:
         self._turn = 0
         self._drained = False
 
-    def handle(self, command: Command, now: float) -> None:
-        """Take one command."""
+    def handle(self, command: Command, now: float) -> Command | None:
+        """Take one command. Returns the rest of one that is too large for a turn: it comes before all others."""
         self.core.now = now
+        command, rest = split(command, MAX_TURN_TARGETS)
         if self._recalling is None or not self._recalling.recall(command):
             self._handle(command)
+        return rest
 
     def _handle(self, command: Command) -> None:
         core = self.core
@@ -175,12 +181,16 @@ class Engine:
         else:
             finish_generate_tick(self.core, tick, result)  # type: ignore[arg-type]
 
-    def sweep(self, now: float) -> None:
-        """Housekeeping, about once a second: expire idle sessions, forget ended ones."""
+    def sweep(self, now: float) -> bool:
+        """Housekeeping, about once a second: expire idle sessions, forget ended ones.
+
+        Returns whether there is more of it, which the next turn is to do.
+        """
         self.core.now = now
-        self._closing.expire()
+        more = self._closing.expire()
         if self.keeping is not None:
             self.keeping.shed(self.core.limits.max_parked_states)
+        return more
 
     def begin_checkpoint(self, now: float) -> None:
         """Write every session that has changed, at its next run boundary."""

@@ -44,6 +44,7 @@ class EngineLoop:
         self._ask_store = ask_store
         self._checkpoint_interval_seconds = checkpoint_interval_seconds
         self._is_checkpointing = False
+        self._is_sweeping = False
         self._clock = clock
         self._inbox: deque[Command] = deque()
         self._loop = asyncio.get_running_loop()
@@ -76,11 +77,16 @@ class EngineLoop:
             return
         engine, clock = self._engine, self._clock
         try:
-            while self._inbox:
-                engine.handle(self._inbox.popleft(), clock())
+            rest = None
+            while self._inbox and rest is None:
+                rest = engine.handle(self._inbox.popleft(), clock())
+            if rest is not None:
+                self._inbox.appendleft(rest)
             tick = engine.begin_tick(clock())
             if tick is not None:
                 engine.finish_tick(tick, engine.collect(tick), clock())
+            if self._is_sweeping:
+                self._is_sweeping = engine.sweep(clock())
             if self._is_checkpointing:
                 self._is_checkpointing = engine.write_due(clock())
             events = engine.take_events()
@@ -92,7 +98,7 @@ class EngineLoop:
             self._ask_store(requests)
         if events:
             self._deliver(events)
-        if engine.has_work or self._is_checkpointing:
+        if self._inbox or engine.has_work or self._is_checkpointing or self._is_sweeping:
             self._ask_for_turn()
 
     def _checkpoint(self) -> None:
@@ -106,11 +112,7 @@ class EngineLoop:
     def _sweep(self) -> None:
         if self._ended:
             return
-        try:
-            self._engine.sweep(self._clock())
-        except BaseException as error:  # as above
-            self._fail(error)
-            return
+        self._is_sweeping = True
         self._loop.call_later(SWEEP_SECONDS, self._sweep)
         self._ask_for_turn()
 

@@ -190,7 +190,7 @@ def begin_generate_tick(core: Core, served: ServedModel) -> GenerateTick | None:
     for place, command in enumerate(commands):
         stop_tokens[place, : len(command.stop_tokens)] = command.stop_tokens
     ticket = served.stepper.submit_generate(
-        sessions.slot[rows],
+        sessions.slot[rows].astype(np.int64),
         num_tokens,
         sessions.position[rows],
         np.array([command.seed for command in commands], np.uint64),

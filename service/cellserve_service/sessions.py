@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cellserve.v1.errors_pb2 import ErrorReason
 from cellserve_service.errors import Refusal
+from cellserve_service.idle_queue import IdleQueue
 from cellserve_service.stepping import FloatArray, IntArray
 from cellserve_service.stores.rows import LastRequest
 from cellserve_service.tables import Int32Array, Table
@@ -56,7 +57,6 @@ class SessionTable(Table):
         ("position", np.int64),  # tokens consumed
         ("accepted", np.int64),  # where the session stands after all that was accepted
         ("last_used", np.float64),
-        ("slot", np.int64),
         # A session's runs form one chain in its model's run table: held answers, then unfinished runs.
         ("next_run", np.int64),  # the first unfinished one
         ("first_run", np.int32),
@@ -66,13 +66,13 @@ class SessionTable(Table):
         ("held_words", np.int32),
         ("num_unfinished", np.int32),
         ("num_pending_tokens", np.int32),
+        ("slot", np.int32),
     )
 
     handle: NDArray[np.uint64]
     position: IntArray
     accepted: IntArray
     last_used: NDArray[np.float64]
-    slot: IntArray
     next_run: IntArray
     first_run: Int32Array
     last_held: Int32Array
@@ -81,6 +81,7 @@ class SessionTable(Table):
     held_words: Int32Array
     num_unfinished: Int32Array
     num_pending_tokens: Int32Array
+    slot: Int32Array
 
     def __init__(self, capacity: int, *, max_ended: int = 1 << 20) -> None:
         super().__init__(capacity)
@@ -97,8 +98,8 @@ class SessionTable(Table):
         self.created_at = np.zeros(capacity, np.float64)
         # Tells a session from the ones that had its row before, for what comes back from the store.
         self.incarnation = np.zeros(capacity, np.uint32)
-        # The epoch in which the state was made, replaced or taken from the store. Positions of different lines have
-        # nothing to do with each other; the store keeps what is newest by line and position.
+        # For the store: the epoch in which the state was made, replaced or taken from it. Positions of different lines
+        # have nothing to do with each other; the store keeps what is newest by line and position.
         self.line = np.zeros(capacity, np.int64)
         self.holder = np.zeros(capacity, np.uint64)  # the client's mark; 0: none
         self.durability = np.full(capacity, Durability.NONE, np.uint8)
@@ -111,6 +112,7 @@ class SessionTable(Table):
         # It is closed, and finishes what it had accepted; it is not written any more.
         self.is_leaving = np.zeros(capacity, np.bool_)
         self._zero_when_free = (
+            self.line,
             self.holder,
             self.durable_position,
             self.is_dirty,
@@ -126,6 +128,7 @@ class SessionTable(Table):
         self.ids: list[str | None] = [None] * capacity
         self.row_by_id: dict[str, int] = {}
         self.parked: dict[int, FloatArray] = {}  # states in host memory, (L, state_size)
+        self._idle_queue = IdleQueue(capacity)
         self._ended: OrderedDict[str, tuple[ErrorReason.ValueType, float]] = OrderedDict()
         self._max_ended = max_ended
         # Handles that a stream lost to another one, so that its next frame is told so.
@@ -151,12 +154,19 @@ class SessionTable(Table):
             self.row_by_id[session_id] = row
             self._ended.pop(session_id, None)
         self.is_open[rows] = True
-        self.epoch[rows] = self.line[rows] = 1
+        self.epoch[rows] = 1
         self.model[rows] = model
         self.owner[rows] = stream
         self.position[rows] = self.accepted[rows] = 0
         self.last_used[rows] = self.created_at[rows] = now
+        self._idle_queue.put(rows, now)
         return rows
+
+    def keep(self, row: int, durability: int) -> None:
+        """The store has a new session, as it stands."""
+        self.durability[row] = durability
+        self.durable_position[row] = self.position[row]
+        self.line[row] = 1
 
     def forget_id(self, row: int) -> str:
         """A session leaves: its id and handle name nothing here any more. Returns the id."""
@@ -191,13 +201,16 @@ class SessionTable(Table):
                 column[row] = 0
         self._give_back(np.array([row]))
 
-    def forget_ended(self, before: float) -> None:
-        """Drop the memory of sessions that ended before a moment."""
-        while self._ended:
+    def forget_ended(self, before: float, most: int) -> bool:
+        """Drop the memory of sessions that ended before a moment, at most so many; whether there are more."""
+        for _ in range(most):
+            if not self._ended:
+                return False
             session_id, (_, ended_at) = next(iter(self._ended.items()))
             if ended_at >= before:
-                return
+                return False
             del self._ended[session_id]
+        return True
 
     def begin_epoch(self, row: int, stream: int, epoch: int = 0) -> None:
         """Make earlier handles stale; the session now belongs to `stream`. epoch: what it is at least from now on."""
@@ -254,6 +267,14 @@ class SessionTable(Table):
             ErrorReason.ERROR_REASON_SESSION_NOT_FOUND, f"no session {session_id!r} here", field="session_id"
         )
 
-    def idle_rows(self, before: float) -> IntArray:
-        """Open sessions without unfinished runs that were last used before a moment."""
-        return np.flatnonzero(self.is_open & (self.last_used < before) & (self.num_unfinished == 0))
+    def take_idle(self, before: float, most: int) -> tuple[IntArray, bool]:
+        """Open sessions without unfinished runs that were last used before a moment: they must be ended now.
+
+        At most so many are looked at; returns also whether there are more to look at.
+        """
+        rows = self._idle_queue.take(before, most)
+        rows = rows[self.is_open[rows]]
+        idle = (self.last_used[rows] < before) & (self.num_unfinished[rows] == 0)
+        others = rows[~idle]
+        self._idle_queue.put_back(others, self.last_used[others])
+        return rows[idle], self._idle_queue.has_due

@@ -118,7 +118,7 @@ def _states(core: Core, served: ServedModel, rows: IntArray) -> list[FloatArray 
     states: list[FloatArray | None] = [core.sessions.parked.get(row) for row in rows.tolist()]
     resident = np.flatnonzero(slots != NO_SLOT)
     if len(resident):
-        read = served.stepper.read_rows(slots[resident])
+        read = served.stepper.read_rows(slots[resident].astype(np.int64))
         for place, state in zip(resident.tolist(), read, strict=True):
             states[place] = state
     return states

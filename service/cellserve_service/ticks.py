@@ -40,7 +40,8 @@ def begin_run_tick(core: Core, served: ServedModel) -> RunTick | None:
         wants[(counts.cumsum() - 1)[ends]] = specs.wants_last[spec[ends]]
     if served.takes_tokens:
         tokens = tokens[:, 0]
-    ticket = served.stepper.submit(sessions.slot[rows], counts, tokens, wants, int(specs.top_k[spec].max()))
+    slots = sessions.slot[rows].astype(np.int64)
+    ticket = served.stepper.submit(slots, counts, tokens, wants, int(specs.top_k[spec].max()))
     _count_begun(core, served, runs, asked)
     table.status[runs] = Status.STARTED
     return RunTick(served, rows, runs, asked, spec, counts, done + counts, remaining - counts, wants, ticket, core.now)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from cellserve_service.core import Core
@@ -21,6 +23,12 @@ def check_engine(core: Core) -> None:
     assert {row: name for name, row in sessions.row_by_id.items()} == {
         row: name for row, name in enumerate(sessions.ids) if name is not None
     }
+    queue = sessions._idle_queue
+    queued = sorted([*queue._due.tolist(), *itertools.chain.from_iterable(queue._buckets.values())])
+    assert queued == np.flatnonzero(queue._is_here).tolist()
+    assert set(open_rows) <= set(queued)
+    for column in sessions._zero_when_free:
+        assert not column[~sessions.is_open].any()
     assert set(sessions.parked) <= set(open_rows)
     assert sorted(core.generations) == np.flatnonzero(sessions.is_generating).tolist()
     assert core.num_pending_tokens == sessions.num_pending_tokens.sum()

@@ -89,7 +89,8 @@ class Replica:
         self._look()
 
     def sweep(self) -> None:
-        self.engine.sweep(self.fleet.now)
+        while self.engine.sweep(self.fleet.now):
+            pass
         self._look()
 
     def apply(self) -> None:

@@ -83,7 +83,8 @@ class SideBySide:
 
     def sweep(self) -> None:
         self.agrees = False
-        self.engine.sweep(self.now)
+        while self.engine.sweep(self.now):
+            pass
         self._records = self._take_records()
         self.plain.sweep()
         self._compare()
