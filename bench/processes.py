@@ -32,6 +32,10 @@ class Worker:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, _call, self._module, function, arguments, named)
 
+    def call_now(self, function: str, /, *arguments: object, **named: object) -> Any:
+        """The same where no event loop runs."""
+        return self._pool.submit(_call, self._module, function, arguments, named).result()
+
     def close(self) -> None:
         self._pool.shutdown()
 

@@ -31,7 +31,7 @@ class Admission:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._place_by_row = np.zeros(core.sessions.capacity, np.int64)
+        self._place_by_row = np.zeros(core.sessions.capacity, np.int32)
 
     def submit(self, commands: Sequence[SubmitRuns]) -> None:
         """Accept the rows of commands that are alike or refuse them, row by row; accepted ones are queued."""
@@ -109,7 +109,7 @@ class Admission:
         return refusal
 
     def _are_different(self, rows: IntArray) -> bool:
-        places = np.arange(len(rows))
+        places = np.arange(len(rows), dtype=np.int32)
         self._place_by_row[rows] = places
         return bool(np.count_nonzero(self._place_by_row[rows] == places) == len(rows))
 
@@ -124,6 +124,9 @@ class Admission:
         while len(rows):
             served = core.model_of(int(rows[0]))
             of_model = core.sessions.model[rows] == served.index
+            if np.count_nonzero(of_model) == len(rows):
+                served.runs.acknowledge(rows, positions)
+                return
             served.runs.acknowledge(rows[of_model], positions[of_model])
             rows, positions = rows[~of_model], positions[~of_model]
 
@@ -203,26 +206,21 @@ class Admission:
 
     def _accept(self, served: ServedModel, spec: int, arrivals: Arrivals) -> None:
         core, sessions, table = self._core, self._core.sessions, served.runs
-        rows, counts, total = arrivals.rows, arrivals.counts, len(arrivals.tokens)
+        rows, counts = arrivals.rows, arrivals.counts
         start = sessions.accepted[rows]
         runs = table.allocate(len(rows), Kind.RUN)
-        offset = table.token_pool.allocate(total)
-        table.token_pool.rows[offset : offset + total] = arrivals.tokens.reshape(total, -1)
-        table.tokens[runs] = offset + counts.cumsum() - counts
-        table.session[runs] = rows
-        table.stream[runs] = arrivals.streams
-        table.request[runs] = arrivals.requests
+        asked = table.ask(runs, arrivals.streams, arrivals.requests, core.now, self._deadlines(arrivals))
+        table.requests.put_tokens(asked, counts, arrivals.tokens)
+        table.session[runs] = rows.astype(np.int32)
         table.start[runs] = start
         table.count[runs] = counts
         table.digest[runs] = arrivals.digests()
         table.spec[runs] = spec
-        table.accepted_at[runs] = core.now
-        table.deadline[runs] = self._deadlines(arrivals)
         table.append(rows, runs)
         sessions.accepted[rows] = start + counts
-        sessions.num_pending_tokens[rows] += counts
+        sessions.num_pending_tokens[rows] = sessions.num_pending_tokens[rows] + counts.astype(np.int32)
         sessions.last_used[rows] = core.now
-        core.num_pending_tokens += total
+        core.num_pending_tokens += len(arrivals.tokens)
         core.go_on(served, rows)
 
     def _deadlines(self, arrivals: Arrivals) -> np.ndarray[tuple[int], np.dtype[np.float64]] | float:

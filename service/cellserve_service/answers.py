@@ -36,12 +36,14 @@ _ARRAYS_BY_WANT: tuple[tuple[int, tuple[tuple[str, str], ...]], ...] = (
 def answer_tick(core: Core, tick: RunTick, result: StepResult) -> None:
     """Answer the runs of a tick. A run without outputs at every token is told of once, as a whole."""
     served, table, specs = tick.served, tick.served.runs, tick.served.specs
-    streams = table.stream[tick.runs]
+    requests = table.requests
+    streams = requests.stream[tick.asked]
     apart = None if core.keeping is None else _kept_apart(core, tick)
     for places in _groups(tick.spec, specs.is_every[tick.spec] | (tick.remaining == 0), apart):
         rows = slice(None) if places is None else places
         first = 0 if places is None else int(places[0])
         runs, spec = tick.runs[rows], int(tick.spec[first])
+        asked = tick.asked[rows]
         counts = tick.counts[rows] if specs.is_every[spec] else table.count[runs]
         if specs.has_outputs[spec]:
             num_rows = counts if specs.is_every[spec] else np.ones_like(runs)
@@ -51,13 +53,13 @@ def answer_tick(core: Core, tick: RunTick, result: StepResult) -> None:
             outputs, num_rows = OutputArrays(), np.zeros_like(runs)
         answers = Answers(
             stream=int(streams[first]),
-            requests=table.request[runs],
+            requests=requests.number[asked],
             positions=table.start[runs] + tick.done[rows],
             counts=counts,
             remaining=tick.remaining[rows],
             outputs=outputs,
             num_output_rows=num_rows,
-            accepted_at=table.accepted_at[runs],
+            accepted_at=requests.accepted_at[asked],
             model=served.index,
         )
         order = streams[rows].argsort(kind="stable")

@@ -39,7 +39,8 @@ def set_paused(core: Core, stream: int, *, paused: bool) -> None:
     resting = np.flatnonzero(sessions.stage == Stage.RESTING)
     for served in core.served:
         rows = resting[sessions.model[resting] == served.index]
-        rows = rows[served.runs.stream[sessions.next_run[rows]] == stream]
+        asked = served.runs.asked[sessions.next_run[rows]]
+        rows = rows[served.runs.requests.stream[asked] == stream]
         sessions.stage[rows] = Stage.IDLE
         core.go_on(served, rows)
 
@@ -70,9 +71,11 @@ def _withdraw(core: Core, stream: int, requests: set[int] | None, refusal: Refus
 def _waiting_runs(served: ServedModel, stream: int, requests: set[int] | None) -> dict[int, list[int]]:
     """A stream's runs that have not begun, all or those of some requests, by session row."""
     table = served.runs
-    runs = np.flatnonzero((table.status == Status.WAITING) & (table.kind == Kind.RUN) & (table.stream == stream))
+    asked = table.requests.of_stream(stream)
     if requests is not None:
-        runs = runs[np.isin(table.request[runs], np.fromiter(requests, np.uint64, len(requests)))]
+        asked = asked[np.isin(table.requests.number[asked], np.fromiter(requests, np.uint64, len(requests)))]
+    runs = np.sort(table.requests.run[asked])
+    runs = runs[(table.status[runs] == Status.WAITING) & (table.kind[runs] == Kind.RUN)]
     by_row: dict[int, list[int]] = defaultdict(list)
     for run, row in zip(runs.tolist(), table.session[runs].tolist(), strict=True):
         by_row[row].append(run)

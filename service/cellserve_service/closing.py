@@ -11,6 +11,11 @@ from cellserve_service.store_requests import MOVED
 from cellserve_service.stores.operations import End, Outcome, Row, Written
 from cellserve_service.targets import Targets, done_event
 
+# What one turn of the engine does of it: a few milliseconds, so that a million sessions that end at once never hold up
+# the ticks.
+MAX_TURN_ENDINGS = 128
+MAX_TURN_FORGOTTEN = 4096
+
 _CLOSED = ErrorReason.ERROR_REASON_SESSION_CLOSED
 _EXPIRED = ErrorReason.ERROR_REASON_SESSION_EXPIRED
 _EVICTED = ErrorReason.ERROR_REASON_SESSION_EVICTED
@@ -106,17 +111,24 @@ class Closing:
             sessions.remember_ended(session_id, reason, core.now)
         return session_id
 
-    def expire(self) -> None:
-        """End sessions that were idle for too long; forget those that ended long ago."""
+    def expire(self) -> bool:
+        """End sessions that were idle for too long, and forget those that ended long ago: as much as a turn takes.
+
+        Returns whether there is more to do.
+        """
         core, sessions = self._core, self._core.sessions
-        for row in sessions.idle_rows(core.now - core.limits.idle_timeout_seconds).tolist():
+        rows, more_idle = sessions.take_idle(core.now - core.limits.idle_timeout_seconds, MAX_TURN_ENDINGS)
+        core.tell_owners(rows, _EXPIRED)
+        for row in rows.tolist():
             self._end(row, _EXPIRED)
-        sessions.forget_ended(core.now - core.limits.ended_session_memory_seconds)
+        more_ended = sessions.forget_ended(core.now - core.limits.ended_session_memory_seconds, MAX_TURN_FORGOTTEN)
+        return more_idle or more_ended
 
     def evict(self, row: int) -> None:
         """Make an idle session give up its place: one that the store has is left to it, another one ends."""
         core, sessions = self._core, self._core.sessions
         if core.keeping is None or not sessions.is_durable(row):
+            core.tell_owner(row, _EVICTED)
             self._end(row, _EVICTED)
         else:
             core.tell_owner(row, _STALE)
@@ -124,9 +136,8 @@ class Closing:
             core.keeping.unload(row)
 
     def _end(self, row: int, reason: ErrorReason.ValueType) -> None:
-        """End an idle session that nobody has asked to end."""
+        """End an idle session that nobody has asked to end; its owner is told."""
         durable, position = self._core.sessions.is_durable(row), int(self._core.sessions.position[row])
-        self._core.tell_owner(row, reason)
         session_id = self._forget(row, reason)
         told = self._free(row, reason)
         if durable:

@@ -207,6 +207,13 @@ class Core:
             handles = self.sessions.handle[row : row + 1].copy()
             self.events.append(SessionEnded(owner, handles, reason))
 
+    def tell_owners(self, rows: IntArray, reason: ErrorReason.ValueType) -> None:
+        """The same for the streams that hold some sessions."""
+        owners = self.sessions.owner[rows]
+        for owner in np.unique(owners[owners != NO_STREAM]).tolist():
+            handles = self.sessions.handle[rows[owners == owner]]
+            self.events.append(SessionEnded(owner, handles, reason))
+
     def wake(self, row: int) -> None:
         """Let a session go on that may have rested for a slow reader who does not matter any more."""
         if self.sessions.stage[row] == Stage.RESTING:
@@ -261,11 +268,12 @@ class Core:
         runs = served.runs
         if runs.kind[run] == Kind.GENERATE:
             self.end_generation(row)
-            self.refuse_in_turn(row, int(runs.stream[run]), int(runs.request[run]), refusal)
+            self.refuse_in_turn(row, *runs.request_of(run), refusal)
             return
         assert runs.status[run] == Status.WAITING
         self._count_pending(row, -int(runs.count[run]))
-        self.refuse(int(runs.stream[run]), [int(runs.request[run])], [refusal])
+        stream, request = runs.request_of(run)
+        self.refuse(stream, [request], [refusal])
         for joined in self.joined.pop((served.index, run), ()):
             self.refuse(joined.stream, [joined.request], [refusal])
 
@@ -290,12 +298,14 @@ class Core:
         if not joined:
             return False
         runs = served.runs
-        self.refuse(int(runs.stream[run]), [int(runs.request[run])], [refusal])
+        stream, request = runs.request_of(run)
+        self.refuse(stream, [request], [refusal])
         heir = joined.pop(0)
-        runs.stream[run] = heir.stream
-        runs.request[run] = heir.request
-        runs.accepted_at[run] = heir.accepted_at
-        runs.deadline[run] = heir.deadline
+        requests, asked = runs.requests, runs.asked[run]
+        requests.stream[asked] = heir.stream
+        requests.number[asked] = heir.request
+        requests.accepted_at[asked] = heir.accepted_at
+        requests.deadline[asked] = heir.deadline
         return True
 
     def waiting_runs(self, row: int) -> list[int]:

@@ -3,7 +3,8 @@
 Its owner (engine_loop.py) gives it commands and the time, and calls `begin_tick` and `finish_tick` in turn.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Sequence
 
 from cellserve_service import messages
 from cellserve_service.admission import Admission
@@ -20,7 +21,7 @@ from cellserve_service.generation import (
 from cellserve_service.keeping import Keeping
 from cellserve_service.limits import EngineLimits
 from cellserve_service.listing import Listing
-from cellserve_service.merging import merged
+from cellserve_service.merging import take_alike
 from cellserve_service.messages import Command, Event
 from cellserve_service.opening import Opening
 from cellserve_service.recalling import Recalling
@@ -33,7 +34,11 @@ from cellserve_service.state_operations import StateOperations
 from cellserve_service.statistics import ModelStatistics, Statistics
 from cellserve_service.stepping import Stepper
 from cellserve_service.store_requests import MOVED, StoreRequest
+from cellserve_service.targets import split
 from cellserve_service.ticks import begin_run_tick, finish_run_tick
+
+# Of one command that is done session by session: a few milliseconds, so that no command holds up the ticks.
+MAX_TURN_TARGETS = 128
 
 Tick = RunTick | GenerateTick
 
@@ -70,21 +75,28 @@ class Engine:
         self._drained = False
 
     def handle(self, command: Command, now: float) -> None:
-        """Take one command."""
-        self.handle_all([command], now)
+        """Take one command, however many turns it is worth."""
+        commands = deque([command])
+        while commands:
+            self.handle_all(commands, now)
 
-    def handle_all(self, commands: Iterable[Command], now: float) -> None:
-        """Take commands in order."""
+    def handle_all(self, commands: deque[Command], now: float) -> None:
+        """Take commands off a deque, in order: all, or up to one that is too large for a turn; its rest stays there."""
         self.core.now = now
         recalling = self._recalling
-        for command in merged(commands):
-            if not isinstance(command, list):
-                if recalling is None or not recalling.recall(command):
-                    self._handle(command)
+        while commands:
+            if isinstance(commands[0], messages.SubmitRuns):
+                alike = take_alike(commands)
+                here = alike if recalling is None else [runs for runs in alike if not recalling.recall(runs)]
+                if here:
+                    self._admission.submit(here)
                 continue
-            here = command if recalling is None else [runs for runs in command if not recalling.recall(runs)]
-            if here:
-                self._admission.submit(here)
+            command, rest = split(commands.popleft(), MAX_TURN_TARGETS)
+            if recalling is None or not recalling.recall(command):
+                self._handle(command)
+            if rest is not None:
+                commands.appendleft(rest)
+                return
 
     def _handle(self, command: Command) -> None:
         core = self.core
@@ -187,12 +199,16 @@ class Engine:
         else:
             finish_generate_tick(self.core, tick, result)  # type: ignore[arg-type]
 
-    def sweep(self, now: float) -> None:
-        """Housekeeping, about once a second: expire idle sessions, forget ended ones."""
+    def sweep(self, now: float) -> bool:
+        """Housekeeping, about once a second: expire idle sessions, forget ended ones.
+
+        Returns whether there is more of it, which the next turn is to do.
+        """
         self.core.now = now
-        self._closing.expire()
+        more = self._closing.expire()
         if self.keeping is not None:
             self.keeping.shed(self.core.limits.max_parked_states)
+        return more
 
     def begin_checkpoint(self, now: float) -> None:
         """Write every session that has changed, at its next run boundary."""

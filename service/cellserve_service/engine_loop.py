@@ -18,9 +18,9 @@ from cellserve_service.store_requests import StoreRequest
 
 SWEEP_SECONDS = 1.0
 # gRPC brings one call, and one frame of a stream, in some turns of the event loop. A batch that began with the first
-# would hold up the next for as long as it takes, and they would be served one by one. So where more may be on its way, a
-# turn of the engine waits until so many turns of the loop have brought nothing, but not for longer than the last one
-# took, or this. More may be on its way behind a call, and behind what must have come while the last batch was computed.
+# would hold up the next for as long as it takes, and they would be served one by one. So where more may be on its way
+# (behind a call, and behind what must have come while the last batch was computed) a turn of the engine waits until so
+# many turns of the loop have brought nothing, but not for longer than the last one took, or this.
 GATHERING_TURNS = 4
 GATHERING_SECONDS = 0.002
 AT_ONCE_SECONDS = 0.0001
@@ -51,6 +51,7 @@ class EngineLoop:
         self._ask_store = ask_store
         self._checkpoint_interval_seconds = checkpoint_interval_seconds
         self._is_checkpointing = False
+        self._is_sweeping = False
         self._clock = clock
         self._inbox: deque[Command] = deque()
         self._loop = asyncio.get_running_loop()
@@ -99,12 +100,12 @@ class EngineLoop:
         engine, clock = self._engine, self._clock
         begun_at = clock()
         try:
-            while self._inbox:
-                commands, self._inbox = self._inbox, deque()
-                engine.handle_all(commands, clock())
+            engine.handle_all(self._inbox, clock())
             tick = engine.begin_tick(clock())
             if tick is not None:
                 engine.finish_tick(tick, engine.collect(tick), clock())
+            if self._is_sweeping:
+                self._is_sweeping = engine.sweep(clock())
             if self._is_checkpointing:
                 self._is_checkpointing = engine.write_due(clock())
             self._turn_ended_at = clock()
@@ -118,7 +119,7 @@ class EngineLoop:
             self._ask_store(requests)
         if events:
             self._deliver(events)
-        if engine.has_work or self._is_checkpointing:
+        if self._inbox or engine.has_work or self._is_checkpointing or self._is_sweeping:
             self._ask_for_turn()
 
     def _checkpoint(self) -> None:
@@ -132,11 +133,7 @@ class EngineLoop:
     def _sweep(self) -> None:
         if self._ended:
             return
-        try:
-            self._engine.sweep(self._clock())
-        except BaseException as error:  # as above
-            self._fail(error)
-            return
+        self._is_sweeping = True
         self._loop.call_later(SWEEP_SECONDS, self._sweep)
         self._ask_for_turn()
 

@@ -87,8 +87,7 @@ class Forking:
                     core.keeping.lose(twin, MOVED)  # it was opened here meanwhile, and is not durable
                 if self._room.make(1, sources):
                     row = self._make_fork(command, request, served, fork_id, position, state, claimed.epoch)
-                    core.sessions.durability[row] = durability
-                    core.sessions.durable_position[row] = position
+                    core.sessions.keep(row, durability)
                     core.sessions.last_request[row] = LastRequest(request_id, claimed.epoch, position)
                 else:  # it is stored, and comes when it is used
                     core.events.append(SessionForked(stream, request, fork_id, position, claimed.epoch))

@@ -135,9 +135,7 @@ def _accept(core: Core, command: SubmitGenerate, row: int, digest: int, remainin
     sessions, table = core.sessions, core.model_of(row).runs
     runs = table.allocate(1, Kind.GENERATE)
     table.session[runs] = row
-    table.stream[runs] = command.stream
-    table.request[runs] = command.request
-    table.deadline[runs] = np.inf
+    table.ask(runs, command.stream, command.request, core.now, np.inf)
     table.append(np.array([row], np.int64), runs)
     core.generations[row] = Generation(command, int(runs[0]), remaining, digest)
     sessions.is_generating[row] = True
@@ -192,7 +190,7 @@ def begin_generate_tick(core: Core, served: ServedModel) -> GenerateTick | None:
     for place, command in enumerate(commands):
         stop_tokens[place, : len(command.stop_tokens)] = command.stop_tokens
     ticket = served.stepper.submit_generate(
-        sessions.slot[rows],
+        sessions.slot[rows].astype(np.int64),
         num_tokens,
         sessions.position[rows],
         np.array([command.seed for command in commands], np.uint64),

@@ -47,6 +47,7 @@ class Keeping:
         self._claims: Counter[str] = Counter()
         self._changed_at: dict[int, float] = {}  # by number of the write under way: the oldest change in it
         self._num_writes = 0
+        self._due = np.empty(0, np.int64)  # rows that the checkpoint under way has still to look at
 
     # What is to be written.
 
@@ -91,21 +92,22 @@ class Keeping:
         return stored
 
     def begin_checkpoint(self) -> None:
-        """Every session that has changed is due to be written."""
+        """Every session that has changed is due to be written: those first whose turn did not come the last time."""
         sessions = self._core.sessions
         sessions.is_due |= sessions.is_dirty
+        due = np.flatnonzero(sessions.is_due)
+        first = np.searchsorted(due, self._due[0]) if len(self._due) else 0
+        self._due = np.roll(due, -first)
 
     def write_due(self) -> bool:
         """Write sessions that are due and stand at a run boundary, as many as a turn takes; whether there are more."""
         sessions = self._core.sessions
-        due = np.flatnonzero(sessions.is_due)
-        more = False
+        due, self._due = self._due[:MAX_TURN_SESSIONS], self._due[MAX_TURN_SESSIONS:]
         for served in self._core.served:
             rows = self._writable(served, due[sessions.model[due] == served.index])
             if len(rows):
-                self.write(served, rows[:MAX_TURN_SESSIONS])
-                more |= len(rows) > MAX_TURN_SESSIONS
-        return more
+                self.write(served, rows)
+        return len(self._due) > 0
 
     def _writable(self, served: ServedModel, rows: IntArray) -> IntArray:
         """Sessions that are due, stand at a run boundary, and are not being written; begins to load missing states."""
@@ -305,10 +307,11 @@ class Keeping:
         runs, run = served.runs, int(core.sessions.next_run[row])
         if run == NO_RUN or runs.kind[run] != Kind.RUN or runs.status[run] != Status.STARTED:
             return
-        core.refuse(int(runs.stream[run]), [int(runs.request[run])], [refusal])
+        stream, request = runs.request_of(run)
+        core.refuse(stream, [request], [refusal])
         for joined in core.joined.pop((served.index, run), ()):
             core.refuse(joined.stream, [joined.request], [refusal])
-        runs.stream[run] = NO_STREAM
+        runs.requests.stream[runs.asked[run]] = NO_STREAM
 
     def leave(self, row: int) -> None:
         """Free a session without an id when what was accepted is done."""

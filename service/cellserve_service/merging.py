@@ -3,7 +3,8 @@
 Clients that share nothing send a message a token: what comes of them in one turn of the event loop is one batch.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,22 +12,15 @@ import numpy as np
 from cellserve_service.messages import Command, SubmitRuns
 
 
-def merged(commands: Iterable[Command]) -> Iterator[Command | list[SubmitRuns]]:
-    """Commands in order; of those that follow each other, runs of the same columns and outputs come as one list."""
-    alike: list[SubmitRuns] = []
-    for command in commands:
-        if isinstance(command, SubmitRuns):
-            if alike and not _are_alike(alike[0], command):
-                yield alike
-                alike = []
-            alike.append(command)
-            continue
-        if alike:
-            yield alike
-            alike = []
-        yield command
-    if alike:
-        yield alike
+def take_alike(commands: deque[Command]) -> list[SubmitRuns]:
+    """Take runs of the same columns and outputs off the front of a deque, which begins with one."""
+    first = commands.popleft()
+    assert isinstance(first, SubmitRuns)
+    alike = [first]
+    while commands and isinstance(following := commands[0], SubmitRuns) and _are_alike(first, following):
+        alike.append(following)
+        commands.popleft()
+    return alike
 
 
 def _are_alike(first: SubmitRuns, other: SubmitRuns) -> bool:

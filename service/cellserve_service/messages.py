@@ -5,7 +5,7 @@ carry request numbers; every request is answered by events to that stream.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -93,6 +93,12 @@ class SessionTarget:
     session_ids: Sequence[str] | None = None
     request_id: str = ""  # of the call; the session remembers the last one that changed it
     holder: int = 0  # the mark under which the caller holds the session
+
+    def rows(self, which: slice) -> "SessionTarget":
+        """Some of the sessions."""
+        handles = None if self.handles is None else self.handles[which]
+        session_ids = None if self.session_ids is None else self.session_ids[which]
+        return replace(self, requests=self.requests[which], handles=handles, session_ids=session_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,8 +226,7 @@ class Opening:
                 if not self._room.make(1):
                     return session_limit(core)
                 [created] = self._taking_over.create(command, {place: session_id}, [place])
-                sessions.durability[created.row] = self._durability(command)
-                sessions.durable_position[created.row] = sessions.position[created.row]
+                sessions.keep(created.row, self._durability(command))
                 sessions.epoch[created.row] = claimed.epoch
                 if command.request_id:
                     last = LastRequest(command.request_id, claimed.epoch, int(sessions.position[created.row]))

@@ -12,8 +12,8 @@ class RowQueue:
 
     def __init__(self, capacity: int) -> None:
         # What was taken out leaves a hole until it comes to the front, or until the ring is full.
-        self._ring = np.zeros(2 * capacity, np.int64)
-        self._place = np.zeros(capacity, np.int64)
+        self._ring = np.zeros(2 * capacity, np.int32)
+        self._place = np.zeros(capacity, np.int32)
         self._head = 0
         self._length = 0
         self._num_holes = 0
@@ -35,7 +35,7 @@ class RowQueue:
     def pop(self, most: int) -> IntArray:
         """The oldest rows, at most so many; fewer, and perhaps none, where rows had been taken out."""
         number = min(most, self._length)
-        rows = self._ring[self._places(number)]
+        rows = self._ring[self._places(number)].astype(np.int64)
         self._head = (self._head + number) % len(self._ring)
         self._length -= number
         if self._num_holes:
@@ -51,8 +51,8 @@ class RowQueue:
 
     def _put(self, first: int, rows: IntArray) -> None:
         places = (first + np.arange(len(rows))) % len(self._ring)
-        self._ring[places] = rows
-        self._place[rows] = places
+        self._ring[places] = rows.astype(np.int32)
+        self._place[rows] = places.astype(np.int32)
         self._length += len(rows)
 
     def _places(self, number: int) -> IntArray:

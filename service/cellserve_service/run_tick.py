@@ -20,6 +20,7 @@ class RunTick:
     served: ServedModel
     rows: IntArray  # (B,) session rows
     runs: IntArray  # (B,)
+    asked: IntArray  # (B,) their requests
     spec: IntArray  # (B,) index into the model's output specs
     counts: IntArray  # (B,) tokens that each advances
     done: IntArray  # (B,) tokens that each has done afterwards

@@ -6,14 +6,16 @@ sampled stands in it as held answers, a slice each.
 """
 
 from collections.abc import Collection, Iterator
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellserve_service.pools import Pool
+from cellserve_service.requests import Requests
 from cellserve_service.sessions import NO_RUN, SessionTable
 from cellserve_service.stepping import IntArray
+from cellserve_service.tables import Int32Array, Table
 
 
 class Kind:
@@ -34,85 +36,108 @@ class Status:
 
 
 NOT_HELD = -1
+NOT_ASKED = -1
 
 
-class RunTable:
-    """Runs as arrays; an index into them is a run's number while it lives."""
+class RunTable(Table):
+    """Runs as arrays; an index into them is a run's number while it lives.
 
-    _COLUMNS: tuple[tuple[str, type], ...] = (
-        ("session", np.int64),  # row of the session table
-        ("stream", np.int64),
-        ("request", np.uint64),
+    Most runs at most times are held answers, one or a few for each session that ever ran: what only an unfinished run
+    needs stands apart, in `requests`.
+    """
+
+    COLUMNS: ClassVar[tuple[tuple[str, type], ...]] = (
         ("start", np.int64),  # the position it is for
-        ("count", np.int64),  # tokens
-        ("done", np.int64),  # tokens that have run
         ("digest", np.uint64),
-        ("spec", np.int64),  # index into the model's output specs
-        ("tokens", np.int64),  # offset in the token pool, for a RUN that is not finished
         ("held", np.int64),  # offset in the pool of held answers, or NOT_HELD
-        ("held_words", np.int64),
+        ("asked", np.int64),  # index into the requests, or NOT_ASKED
+        ("count", np.int64),  # tokens
         ("next", np.int64),  # the session's next run
-        ("accepted_at", np.float64),
-        ("deadline", np.float64),
+        ("session", np.int32),  # row of the session table
+        ("spec", np.int32),  # index into the model's output specs
+        ("held_words", np.int32),
         ("kind", np.uint8),
         ("status", np.uint8),
     )
 
+    start: IntArray
+    digest: NDArray[np.uint64]
+    held: IntArray
+    asked: IntArray
+    count: IntArray
+    next: IntArray
+    session: Int32Array
+    spec: Int32Array
+    held_words: Int32Array
+    kind: NDArray[np.uint8]
+    status: NDArray[np.uint8]
+
     def __init__(self, sessions: SessionTable, token_dtype: type[Any], token_width: int) -> None:
+        super().__init__(max(1024, sessions.capacity))
         self._sessions = sessions
-        self._capacity = 0
-        self._free = np.empty(0, np.int64)
-        self._num_free = 0
-        self.session = self.stream = self.start = self.count = self.done = np.empty(0, np.int64)
-        self.spec = self.tokens = self.held = self.held_words = self.next = np.empty(0, np.int64)
-        self.request = self.digest = np.empty(0, np.uint64)
-        self.accepted_at = self.deadline = np.empty(0, np.float64)
-        self.kind = self.status = np.empty(0, np.uint8)
-        self._grow(1024)
-        self.token_pool: Pool[Any] = Pool(token_dtype, token_width, self._live_tokens, self._tokens_moved)
+        self.requests = Requests(token_dtype, token_width)
         self.held_pool: Pool[np.uint32] = Pool(np.uint32, 1, self._live_held, self._held_moved)
         self._moving = np.empty(0, np.int64)
 
-    @property
-    def num_runs(self) -> int:
-        return self._capacity - self._num_free
-
     def allocate(self, num_runs: int, kind: int) -> IntArray:
-        """New runs, WAITING, without tokens and not held."""
-        if num_runs > self._num_free:
-            self._grow(max(2 * self._capacity, self._capacity + num_runs))
-        self._num_free -= num_runs
-        runs = self._free[self._num_free : self._num_free + num_runs].copy()
+        """New runs, WAITING, asked for by nobody and not held."""
+        runs = self._take(num_runs)
         self.status[runs] = Status.WAITING
         self.kind[runs] = kind
         self.count[runs] = 0
-        self.done[runs] = 0
+        self.asked[runs] = NOT_ASKED
         self.held[runs] = NOT_HELD
         self.next[runs] = NO_RUN
         return runs
 
+    def ask(
+        self,
+        runs: IntArray,
+        streams: IntArray | int,
+        numbers: NDArray[np.uint64] | int,
+        accepted_at: float,
+        deadline: NDArray[np.float64] | float,
+    ) -> IntArray:
+        """Note who asked for runs, and until when they must begin. Returns the requests."""
+        requests = self.requests
+        asked = requests.allocate(runs)
+        self.asked[runs] = asked
+        requests.stream[asked] = streams
+        requests.number[asked] = numbers
+        requests.accepted_at[asked] = accepted_at
+        requests.deadline[asked] = deadline
+        return asked
+
+    def request_of(self, run: int) -> tuple[int, int]:
+        """Stream and number of the request for an unfinished run."""
+        asked = self.asked[run]
+        assert asked != NOT_ASKED
+        return int(self.requests.stream[asked]), int(self.requests.number[asked])
+
     def append(self, rows: IntArray, runs: IntArray) -> None:
         """Put one run at the end of each session's chain. rows: (n,) all different."""
         sessions = self._sessions
-        last = sessions.last_run[rows]
+        narrow = runs.astype(np.int32)
+        last = sessions.last_run[rows].astype(np.int64)
         chained = last != NO_RUN
         self.next[last[chained]] = runs[chained]
-        sessions.first_run[rows[~chained]] = runs[~chained]
-        sessions.last_run[rows] = runs
+        sessions.first_run[rows[~chained]] = narrow[~chained]
+        sessions.last_run[rows] = narrow
         idle = sessions.next_run[rows] == NO_RUN
         sessions.next_run[rows[idle]] = runs[idle]
-        sessions.num_unfinished[rows] += 1
+        sessions.num_unfinished[rows] = sessions.num_unfinished[rows] + 1
 
     def finish(self, rows: IntArray, runs: IntArray) -> None:
         """The first unfinished run of each session is done; from now on its answer is held. rows: all different."""
         sessions = self._sessions
         self.status[runs] = Status.HELD
         sessions.next_run[rows] = self.next[runs]
-        sessions.last_held[rows] = runs
-        sessions.num_unfinished[rows] -= 1
-        sessions.num_held[rows] += 1
-        sessions.held_words[rows] += self.held_words[runs]
-        self.token_pool.release(int(self.count[runs].sum()))
+        sessions.last_held[rows] = runs.astype(np.int32)
+        sessions.num_unfinished[rows] = sessions.num_unfinished[rows] - 1
+        sessions.num_held[rows] = sessions.num_held[rows] + 1
+        sessions.held_words[rows] = sessions.held_words[rows] + self.held_words[runs]
+        self.requests.discard(self.asked[runs])
+        self.asked[runs] = NOT_ASKED
 
     def insert_held(self, row: int, run: int) -> None:
         """Put a finished run behind the session's held answers, before its unfinished runs."""
@@ -142,7 +167,7 @@ class RunTable:
                 rows, positions = rows[holds], positions[holds]
             if not len(rows):
                 return
-            oldest = self._sessions.first_run[rows]
+            oldest = self._sessions.first_run[rows].astype(np.int64)
             known = self.start[oldest] + self.count[oldest] <= positions
             if np.count_nonzero(known) < len(rows):
                 rows, positions = rows[known], positions[known]
@@ -156,12 +181,12 @@ class RunTable:
 
     def _release_oldest(self, rows: IntArray) -> None:
         sessions = self._sessions
-        runs = sessions.first_run[rows]
+        runs = sessions.first_run[rows].astype(np.int64)
         following = self.next[runs]
         num_held = sessions.num_held[rows] - 1
-        sessions.first_run[rows] = following
+        sessions.first_run[rows] = following.astype(np.int32)
         sessions.num_held[rows] = num_held
-        sessions.held_words[rows] -= self.held_words[runs]
+        sessions.held_words[rows] = sessions.held_words[rows] - self.held_words[runs]
         sessions.last_held[rows[num_held == 0]] = NO_RUN
         sessions.last_run[rows[following == NO_RUN]] = NO_RUN
         self._discard(runs)
@@ -190,19 +215,17 @@ class RunTable:
             self._link(row, last, run)
             last = run
         self._link(row, last, NO_RUN)
-        runs = np.fromiter(removed, np.int64, len(removed))
-        self.token_pool.release(int(self.count[runs].sum()))
-        self._discard(runs)
+        self._discard_unfinished(np.fromiter(removed, np.int64, len(removed)))
 
     def remove_first(self, row: int) -> None:
-        """Take the first unfinished run, which has no tokens here, out of a session's chain."""
+        """Take the first unfinished run out of a session's chain."""
         sessions = self._sessions
         run = int(sessions.next_run[row])
         following = int(self.next[run])
         sessions.next_run[row] = following
         sessions.num_unfinished[row] -= 1
         self._link(row, int(sessions.last_held[row]), following)
-        self._discard(np.array([run], np.int64))
+        self._discard_unfinished(np.array([run], np.int64))
 
     def _link(self, row: int, run: int, following: int) -> None:
         """Let one run follow another in a session's chain; NO_RUN stands for its ends."""
@@ -222,7 +245,7 @@ class RunTable:
         num_words = int(ends[-1])
         offset = self.held_pool.allocate(num_words)
         self.held[runs] = offset + ends - words
-        self.held_words[runs] = words
+        self.held_words[runs] = words.astype(np.int32)
         return self.held_pool.rows[offset : offset + num_words, 0]
 
     def held_answer(self, run: int) -> NDArray[np.uint32]:
@@ -230,37 +253,34 @@ class RunTable:
         offset = max(0, int(self.held[run]))
         return self.held_pool.rows[offset : offset + int(self.held_words[run]), 0]
 
+    def held_runs(self, rows: IntArray) -> tuple[IntArray, IntArray]:
+        """The held answers of sessions, one session behind the other, oldest first; and the place in rows of each."""
+        places, runs = np.arange(len(rows)), self._sessions.first_run[rows].astype(np.int64)
+        num_held = self._sessions.num_held[rows]
+        found_places, found_runs = [places[:0]], [runs[:0]]
+        while len(places := places[num_held > 0]):
+            runs, num_held = runs[num_held > 0], num_held[num_held > 0] - 1
+            found_places.append(places)
+            found_runs.append(runs)
+            runs = self.next[runs]
+        all_places = np.concatenate(found_places)
+        order = all_places.argsort(kind="stable")
+        return np.concatenate(found_runs)[order], all_places[order]
+
+    def _discard_unfinished(self, runs: IntArray) -> None:
+        asked = self.asked[runs]
+        self.requests.discard(asked[asked != NOT_ASKED])
+        self._discard(runs)
+
     def _discard(self, runs: IntArray) -> None:
         self.held_pool.release(int(self.held_words[runs].sum()))
         self.held_words[runs] = 0
         self.status[runs] = Status.FREE
-        self._free[self._num_free : self._num_free + len(runs)] = runs
-        self._num_free += len(runs)
-
-    def _grow(self, capacity: int) -> None:
-        for name, dtype in self._COLUMNS:
-            column: NDArray[Any] = np.zeros(capacity, dtype)
-            column[: self._capacity] = getattr(self, name)
-            setattr(self, name, column)
-        free = np.empty(capacity, np.int64)
-        free[: self._num_free] = self._free[: self._num_free]
-        added = capacity - self._capacity
-        free[self._num_free : self._num_free + added] = np.arange(capacity - 1, self._capacity - 1, -1)
-        self._free = free
-        self._num_free += added
-        self._capacity = capacity
-
-    def _live_tokens(self) -> tuple[IntArray, IntArray]:
-        unfinished = (self.status == Status.WAITING) | (self.status == Status.STARTED)
-        self._moving = np.flatnonzero(unfinished & (self.count > 0))
-        return self.tokens[self._moving], self.count[self._moving]
-
-    def _tokens_moved(self, offsets: IntArray) -> None:
-        self.tokens[self._moving] = offsets
+        self._give_back(runs)
 
     def _live_held(self) -> tuple[IntArray, IntArray]:
         self._moving = np.flatnonzero(self.held_words > 0)
-        return self.held[self._moving], self.held_words[self._moving]
+        return self.held[self._moving], self.held_words[self._moving].astype(np.int64)
 
     def _held_moved(self, offsets: IntArray) -> None:
         self.held[self._moving] = offsets

@@ -55,7 +55,7 @@ def _without_resting(core: Core, served: ServedModel, rows: IntArray, kind: int)
         rows = rows[~waits]
     if not core.paused_streams:
         return rows
-    streams = served.runs.stream[sessions.next_run[rows]]
+    streams = served.runs.requests.stream[served.runs.asked[sessions.next_run[rows]]]
     resting = np.isin(streams, list(core.paused_streams))
     if kind == Kind.RUN:
         # What an earlier holder left behind rests for nobody: the session's new holder waits for it.
@@ -67,7 +67,7 @@ def _without_resting(core: Core, served: ServedModel, rows: IntArray, kind: int)
 def _without_late(core: Core, served: ServedModel, rows: IntArray) -> IntArray:
     """Withdraw runs whose time to begin is over; returns the sessions that are still to be stepped."""
     runs = core.sessions.next_run[rows]
-    late = served.runs.deadline[runs] < core.now
+    late = served.runs.requests.deadline[served.runs.asked[runs]] < core.now
     if not np.count_nonzero(late):
         return rows
     late &= served.runs.status[runs] == Status.WAITING
@@ -80,6 +80,8 @@ def _without_late(core: Core, served: ServedModel, rows: IntArray) -> IntArray:
 def _within_output_bytes(core: Core, served: ServedModel, rows: IntArray) -> IntArray:
     """As many sessions as may have outputs in one tick; the others go back to where they stood."""
     specs = served.specs
+    if specs.max_row_bytes * len(rows) <= MAX_TICK_OUTPUT_BYTES:
+        return rows
     row_bytes = specs.row_bytes[served.runs.spec[core.sessions.next_run[rows]]]
     if int(row_bytes.max()) * len(rows) <= MAX_TICK_OUTPUT_BYTES:
         return rows

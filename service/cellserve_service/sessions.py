@@ -3,15 +3,17 @@
 import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Final, overload
+from typing import ClassVar, Final, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellserve.v1.errors_pb2 import ErrorReason
 from cellserve_service.errors import Refusal
+from cellserve_service.idle_queue import IdleQueue
 from cellserve_service.stepping import FloatArray, IntArray
 from cellserve_service.stores.rows import LastRequest
+from cellserve_service.tables import Int32Array, Table
 
 NO_STREAM = 0
 NO_RUN = -1
@@ -43,40 +45,62 @@ class Durability:
     SYNC: Final = 3
 
 
-class SessionTable:
+class SessionTable(Table):
     """Sessions as arrays over rows 0 to capacity - 1, with one dict from id to row.
 
     A handle is `row << 32 | generation`. A generation changes with the epoch and when the session ends, and starts at
     a random number, so that a handle of an earlier server names nothing here.
     """
 
-    def __init__(self, capacity: int, *, max_ended: int = 1 << 20) -> None:
-        self.capacity = capacity
-        self.is_open = np.zeros(capacity, np.bool_)
-        self.handle = np.arange(capacity, dtype=np.uint64) << np.uint64(32) | np.uint64(secrets.randbits(32))
-        self.epoch = np.zeros(capacity, np.int64)
-        self.model = np.zeros(capacity, np.int64)
-        self.owner = np.zeros(capacity, np.int64)  # the stream that holds the session
-        self.position = np.zeros(capacity, np.int64)  # tokens consumed
-        self.accepted = np.zeros(capacity, np.int64)  # where the session stands after all that was accepted
-        self.num_pending_tokens = np.zeros(capacity, np.int64)
-        self.slot = np.zeros(capacity, np.int64)
-        self.last_used = np.zeros(capacity, np.float64)
-        self.created_at = np.zeros(capacity, np.float64)
+    # What a step needs.
+    COLUMNS: ClassVar[tuple[tuple[str, type], ...]] = (
+        ("handle", np.uint64),
+        ("position", np.int64),  # tokens consumed
+        ("accepted", np.int64),  # where the session stands after all that was accepted
+        ("last_used", np.float64),
         # A session's runs form one chain in its model's run table: held answers, then unfinished runs.
-        self.first_run = np.full(capacity, NO_RUN, np.int64)
-        self.last_held = np.full(capacity, NO_RUN, np.int64)
-        self.next_run = np.full(capacity, NO_RUN, np.int64)  # the first unfinished one
-        self.last_run = np.full(capacity, NO_RUN, np.int64)
-        self.num_held = np.zeros(capacity, np.int64)
-        self.held_words = np.zeros(capacity, np.int64)
-        self.num_unfinished = np.zeros(capacity, np.int64)
+        ("next_run", np.int64),  # the first unfinished one
+        ("first_run", np.int32),
+        ("last_held", np.int32),
+        ("last_run", np.int32),
+        ("num_held", np.int32),
+        ("held_words", np.int32),
+        ("num_unfinished", np.int32),
+        ("num_pending_tokens", np.int32),
+        ("slot", np.int32),
+    )
+
+    handle: NDArray[np.uint64]
+    position: IntArray
+    accepted: IntArray
+    last_used: NDArray[np.float64]
+    next_run: IntArray
+    first_run: Int32Array
+    last_held: Int32Array
+    last_run: Int32Array
+    num_held: Int32Array
+    held_words: Int32Array
+    num_unfinished: Int32Array
+    num_pending_tokens: Int32Array
+    slot: Int32Array
+
+    def __init__(self, capacity: int, *, max_ended: int = 1 << 20) -> None:
+        super().__init__(capacity)
+        self.handle[:] = np.arange(capacity, dtype=np.uint64) << np.uint64(32) | np.uint64(secrets.randbits(32))
+        for runs in (self.next_run, self.first_run, self.last_held, self.last_run):
+            runs[:] = NO_RUN
+        # What is looked through as a whole, or has no part in a step.
+        self.is_open = np.zeros(capacity, np.bool_)
         self.stage = np.zeros(capacity, np.uint8)
+        self.model = np.zeros(capacity, np.int16)
+        self.owner = np.zeros(capacity, np.int64)  # the stream that holds the session
         self.is_generating = np.zeros(capacity, np.bool_)
+        self.epoch = np.zeros(capacity, np.int64)
+        self.created_at = np.zeros(capacity, np.float64)
         # Tells a session from the ones that had its row before, for what comes back from the store.
-        self.incarnation = np.zeros(capacity, np.int64)
-        # The epoch in which the state was made, replaced or taken from the store. Positions of different lines have
-        # nothing to do with each other; the store keeps what is newest by line and position.
+        self.incarnation = np.zeros(capacity, np.uint32)
+        # For the store: the epoch in which the state was made, replaced or taken from it. Positions of different lines
+        # have nothing to do with each other; the store keeps what is newest by line and position.
         self.line = np.zeros(capacity, np.int64)
         self.holder = np.zeros(capacity, np.uint64)  # the client's mark; 0: none
         self.durability = np.full(capacity, Durability.NONE, np.uint8)
@@ -84,10 +108,20 @@ class SessionTable:
         self.is_dirty = np.zeros(capacity, np.bool_)  # what the store has is behind
         self.dirty_since = np.zeros(capacity, np.float64)
         self.is_due = np.zeros(capacity, np.bool_)  # to be written at its next run boundary
-        self.num_writes = np.zeros(capacity, np.int64)  # on their way to the store
+        self.num_writes = np.zeros(capacity, np.int32)  # on their way to the store
         self.is_in_store = np.zeros(capacity, np.bool_)  # its state is in the store alone
         # It is closed, and finishes what it had accepted; it is not written any more.
         self.is_leaving = np.zeros(capacity, np.bool_)
+        self._zero_when_free = (
+            self.line,
+            self.holder,
+            self.durable_position,
+            self.is_dirty,
+            self.is_due,
+            self.num_writes,
+            self.is_in_store,
+            self.is_leaving,
+        )
         self.last_request: dict[int, LastRequest] = {}
         self.marks: dict[
             int, dict[str, tuple[int, FloatArray]]
@@ -95,15 +129,11 @@ class SessionTable:
         self.ids: list[str | None] = [None] * capacity
         self.row_by_id: dict[str, int] = {}
         self.parked: dict[int, FloatArray] = {}  # states in host memory, (L, state_size)
-        self._free = np.arange(capacity - 1, -1, -1, dtype=np.int64)
-        self._num_free = capacity
+        self._idle_queue = IdleQueue(capacity)
         self._ended: OrderedDict[str, tuple[ErrorReason.ValueType, float]] = OrderedDict()
         self._max_ended = max_ended
         # Handles that a stream lost to another one, so that its next frame is told so.
         self._moved: dict[int, set[int]] = {}
-
-    def __len__(self) -> int:
-        return self.capacity - self._num_free
 
     @overload
     def is_durable(self, rows: int) -> bool: ...
@@ -114,34 +144,30 @@ class SessionTable:
         durable: NDArray[np.bool_] = self.durability[rows] != Durability.NONE
         return durable if isinstance(rows, np.ndarray) else bool(durable)
 
-    @property
-    def num_free(self) -> int:
-        return self._num_free
-
     def create(self, session_ids: Sequence[str], model: int, stream: int, now: float) -> IntArray:
         """Give ids a row each. The caller has checked that there is room and that the ids are new."""
         number = len(session_ids)
         assert number <= self._num_free
-        self._num_free -= number
-        rows = self._free[self._num_free : self._num_free + number][::-1].copy()
+        rows = self._take(number)[::-1].copy()
         for session_id, row in zip(session_ids, rows.tolist(), strict=True):
             assert session_id not in self.row_by_id
             self.ids[row] = session_id
             self.row_by_id[session_id] = row
             self._ended.pop(session_id, None)
         self.is_open[rows] = True
-        self.epoch[rows] = self.line[rows] = 1
+        self.epoch[rows] = 1
         self.model[rows] = model
         self.owner[rows] = stream
         self.position[rows] = self.accepted[rows] = 0
         self.last_used[rows] = self.created_at[rows] = now
-        self.incarnation[rows] += 1
-        self.holder[rows] = 0
-        self.durability[rows] = Durability.NONE
-        self.durable_position[rows] = 0
-        self.is_dirty[rows] = self.is_due[rows] = self.is_in_store[rows] = self.is_leaving[rows] = False
-        self.num_writes[rows] = 0
+        self._idle_queue.put(rows, now)
         return rows
+
+    def keep(self, row: int, durability: int) -> None:
+        """The store has a new session, as it stands."""
+        self.durability[row] = durability
+        self.durable_position[row] = self.position[row]
+        self.line[row] = 1
 
     def forget_id(self, row: int) -> str:
         """A session leaves: its id and handle name nothing here any more. Returns the id."""
@@ -170,17 +196,22 @@ class SessionTable:
         self.marks.pop(row, None)
         self.stage[row] = Stage.IDLE
         self.durability[row] = Durability.NONE
-        self.is_dirty[row] = self.is_due[row] = self.is_in_store[row] = self.is_leaving[row] = False
-        self._free[self._num_free] = row
-        self._num_free += 1
+        self.incarnation[row] += np.uint32(1)
+        for column in self._zero_when_free:
+            if column[row]:  # what was never written costs no memory
+                column[row] = 0
+        self._give_back(np.array([row]))
 
-    def forget_ended(self, before: float) -> None:
-        """Drop the memory of sessions that ended before a moment."""
-        while self._ended:
+    def forget_ended(self, before: float, most: int) -> bool:
+        """Drop the memory of sessions that ended before a moment, at most so many; whether there are more."""
+        for _ in range(most):
+            if not self._ended:
+                return False
             session_id, (_, ended_at) = next(iter(self._ended.items()))
             if ended_at >= before:
-                return
+                return False
             del self._ended[session_id]
+        return True
 
     def begin_epoch(self, row: int, stream: int, epoch: int = 0) -> None:
         """Make earlier handles stale; the session now belongs to `stream`. epoch: what it is at least from now on."""
@@ -242,6 +273,14 @@ class SessionTable:
             ErrorReason.ERROR_REASON_SESSION_NOT_FOUND, f"no session {session_id!r} here", field="session_id"
         )
 
-    def idle_rows(self, before: float) -> IntArray:
-        """Open sessions without unfinished runs that were last used before a moment."""
-        return np.flatnonzero(self.is_open & (self.last_used < before) & (self.num_unfinished == 0))
+    def take_idle(self, before: float, most: int) -> tuple[IntArray, bool]:
+        """Open sessions without unfinished runs that were last used before a moment: they must be ended now.
+
+        At most so many are looked at; returns also whether there are more to look at.
+        """
+        rows = self._idle_queue.take(before, most)
+        rows = rows[self.is_open[rows]]
+        idle = (self.last_used[rows] < before) & (self.num_unfinished[rows] == 0)
+        others = rows[~idle]
+        self._idle_queue.put_back(others, self.last_used[others])
+        return rows[idle], self._idle_queue.has_due

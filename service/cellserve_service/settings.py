@@ -66,14 +66,14 @@ class Settings(BaseSettings):
         description="URL of the state store, sqlite:///FILE or redis://HOST:PORT/DB; empty: none, and states live as "
         "long as the server.",
     )
-    max_sessions: int = Field(65536, ge=1, le=2**31 - 1, description="Sessions that can be open at once.")
+    max_sessions: int = Field(65536, ge=1, le=2**30, description="Sessions that can be open at once.")
     evict_when_full: bool = Field(
         False, description="Make room for new sessions by ending the longest idle ones; they are told."
     )
     max_slots: int = Field(
         65536,
         ge=1,
-        le=2**31 - 1,
+        le=2**30,
         description="States of a model on the device at once; longest idle ones park in host memory.",
     )
     max_parked_states: int = Field(
@@ -84,10 +84,12 @@ class Settings(BaseSettings):
     ended_session_memory_seconds: PositiveFloat = Field(
         600, description="How long the server can tell why a session ended."
     )
-    max_held_answers: int = Field(64, ge=1, description="Answers of a session held for retries.")
-    max_held_answer_bytes: int = Field(65536, ge=4, description="Bytes of answers of a session held for retries.")
+    max_held_answers: int = Field(64, ge=1, le=2**20, description="Answers of a session held for retries.")
+    max_held_answer_bytes: int = Field(
+        65536, ge=4, le=2**30, description="Bytes of answers of a session held for retries."
+    )
     max_run_tokens: int = Field(4096, ge=1, le=2**20, description="Tokens of one run.")
-    max_session_pending_tokens: PositiveInt = Field(8192, description="Tokens of a session waiting at once.")
+    max_session_pending_tokens: int = Field(8192, ge=1, le=2**30, description="Tokens of a session waiting at once.")
     max_pending_tokens: PositiveInt = Field(1048576, description="Tokens waiting at once, of all sessions.")
     max_message_bytes: int = Field(4194304, ge=1024, le=2**30, description="Bytes of one message from a client.")
     max_answer_bytes: int = Field(

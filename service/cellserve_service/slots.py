@@ -18,8 +18,8 @@ class SlotMap:
         self.num_fetched = 0  # states that came back from the store
         self._sessions = sessions
         self._stepper = stepper
-        self._row_by_slot = np.full(num_slots + 1, _NOBODY, np.int64)
-        self._free = np.arange(num_slots, 0, -1, dtype=np.int64)
+        self._row_by_slot = np.full(num_slots + 1, _NOBODY, np.int32)
+        self._free = np.arange(num_slots, 0, -1, dtype=np.int32)
         self._num_free = num_slots
 
     @property
@@ -38,7 +38,7 @@ class SlotMap:
         if len(missing) > self._num_free:
             self._park_idle(len(missing) - self._num_free)
         self._num_free -= len(missing)
-        slots = self._free[self._num_free : self._num_free + len(missing)].copy()
+        slots = self._free[self._num_free : self._num_free + len(missing)].astype(np.int64)
         sessions.slot[missing] = slots
         self._row_by_slot[slots] = missing
         # A slot is zeroed or overwritten whenever it changes hands, so that no session sees another's state.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cellserve_service.core import Core
 from cellserve_service.errors import Refusal
 from cellserve_service.pools import ragged_indices
-from cellserve_service.runs import NOT_HELD, Kind, Status
+from cellserve_service.runs import NOT_HELD, Kind
 from cellserve_service.served import ServedModel
 from cellserve_service.sessions import NO_SLOT
 from cellserve_service.stepping import FloatArray, IntArray
@@ -36,7 +36,7 @@ class Snapshot:
     """Sessions at one moment, apart from the arrays they came from: another thread may encode them."""
 
     rows: IntArray  # (n,) of the session table
-    incarnations: IntArray  # (n,)
+    incarnations: NDArray[np.uint32]  # (n,)
     lines: IntArray  # (n,)
     positions: IntArray  # (n,)
     model: str
@@ -118,7 +118,7 @@ def _states(core: Core, served: ServedModel, rows: IntArray) -> list[FloatArray 
     states: list[FloatArray | None] = [core.sessions.parked.get(row) for row in rows.tolist()]
     resident = np.flatnonzero(slots != NO_SLOT)
     if len(resident):
-        read = served.stepper.read_rows(slots[resident])
+        read = served.stepper.read_rows(slots[resident].astype(np.int64))
         for place, state in zip(resident.tolist(), read, strict=True):
             states[place] = state
     return states
@@ -127,14 +127,8 @@ def _states(core: Core, served: ServedModel, rows: IntArray) -> list[FloatArray 
 def _held_answers(served: ServedModel, rows: IntArray) -> tuple[NDArray[Any], NDArray[np.uint32], list[int], list[int]]:
     """The held answers of sessions, one session behind the other, and where those of each begin."""
     table = served.runs
-    runs = np.flatnonzero(table.status == Status.HELD)
-    by_row = rows.argsort()
-    nearest = by_row[np.minimum(np.searchsorted(rows, table.session[runs], sorter=by_row), len(rows) - 1)]
-    is_meant = rows[nearest] == table.session[runs]
-    runs, places = runs[is_meant], nearest[is_meant]
-    order = np.lexsort((table.start[runs], places))
-    runs, places = runs[order], places[order]
-    held_words = table.held_words[runs]
+    runs, places = table.held_runs(rows)
+    held_words = table.held_words[runs].astype(np.int64)
     kinds = table.kind[runs]
     answers = np.zeros(len(runs), ANSWER_DTYPE)
     is_run = kinds == Kind.RUN
@@ -169,7 +163,6 @@ def restore_answers(core: Core, served: ServedModel, row: int, stored: StoredSes
         runs = table.allocate(1, int(answer["kind"]))
         run = int(runs[0])
         table.session[run] = row
-        table.stream[run] = table.request[run] = 0
         table.start[run] = answer["start"]
         table.count[run] = answer["count"]
         table.digest[run] = answer["digest"]

@@ -19,6 +19,7 @@ class SpecTable:
         self.wants_last = np.zeros(0, np.uint8)  # bits at the last token
         self.top_k = np.zeros(0, np.int64)
         self.row_bytes = np.zeros(0, np.int64)  # of one output row
+        self.max_row_bytes = 0
         self.is_every = np.zeros(0, np.bool_)
         self.has_outputs = np.zeros(0, np.bool_)
         self._add(NO_OUTPUTS)
@@ -44,6 +45,7 @@ class SpecTable:
         self.wants_last = np.append(self.wants_last, np.uint8(wants))
         self.top_k = np.append(self.top_k, spec.top_k)
         self.row_bytes = np.append(self.row_bytes, 4 * layout.row_words)
+        self.max_row_bytes = max(self.max_row_bytes, 4 * layout.row_words)
         self.is_every = np.append(self.is_every, every)
         self.has_outputs = np.append(self.has_outputs, wants != 0)
         self._number_by_spec[spec] = len(self.layouts) - 1

@@ -85,13 +85,13 @@ class TakingOver:
         core, row, sessions = self._core, opened.row, self._core.sessions
         if not opened.created:
             core.break_off_generation(row, _MOVED)
-            streams = core.model_of(row).runs.stream
+            runs = core.model_of(row).runs
             owner = self._owner(command)
             owned = owner != NO_STREAM and int(sessions.owner[row]) == owner
             core.withdraw(
                 row,
                 {
-                    run: _ATTACHED_AGAIN if owned and streams[run] == command.stream else _MOVED
+                    run: _ATTACHED_AGAIN if owned and runs.request_of(run)[0] == command.stream else _MOVED
                     for run in core.waiting_runs(row)
                 },
             )
@@ -102,7 +102,9 @@ class TakingOver:
             sessions.last_used[row] = core.now
             if core.keeping is not None:
                 core.keeping.changed(row)  # its time to expire counts anew, and a crash should know that
-        sessions.holder[row] = holder_of(command, opened.place)
+        holder = holder_of(command, opened.place)
+        if int(sessions.holder[row]) != holder:
+            sessions.holder[row] = holder
         opened.handle, opened.epoch = int(sessions.handle[row]), int(sessions.epoch[row])
 
     def _owner(self, command: OpenSessions) -> int:

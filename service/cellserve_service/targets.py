@@ -1,17 +1,26 @@
 """The sessions that a command means, and how it is answered for them."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from cellserve.v1.errors_pb2 import ErrorReason
 from cellserve_service.core import Core, Operation
 from cellserve_service.errors import Refusal
-from cellserve_service.messages import Done, SessionTarget
+from cellserve_service.messages import CloseSessions, Command, DetachSessions, Done, ResetSessions, SessionTarget
 from cellserve_service.stores.rows import LastRequest
 
 _BUSY = Refusal(ErrorReason.ERROR_REASON_SESSION_BUSY, "a generate is under way on the session")
 _FULL = Refusal(ErrorReason.ERROR_REASON_QUEUE_FULL, "too much waits for the session's runs already")
+
+
+def split(command: Command, most: int) -> tuple[Command, Command | None]:
+    """What one turn of the engine does of a command for many sessions, and the command for the rest of them."""
+    if not isinstance(command, CloseSessions | ResetSessions | DetachSessions) or len(command.target.requests) <= most:
+        return command, None
+    first, rest = command.target.rows(slice(most)), command.target.rows(slice(most, None))
+    return replace(command, target=first), replace(command, target=rest)
 
 
 class Targets:

@@ -23,34 +23,36 @@ def begin_run_tick(core: Core, served: ServedModel) -> RunTick | None:
     if not len(rows):
         return None
     runs = sessions.next_run[rows]
-    spec = table.spec[runs]
-    done = table.done[runs]
-    remaining = table.count[runs] - done
-    first = table.tokens[runs] + done
+    asked, requests = table.asked[runs], table.requests
+    spec = table.spec[runs].astype(np.int64)
+    done = requests.done[asked]
+    remaining = requests.num_tokens[asked] - done
+    first = requests.tokens[asked] + done
     if remaining.max() == 1:
         counts = remaining
-        tokens = table.token_pool.rows[first]
+        tokens = requests.token_pool.rows[first]
         wants = specs.wants_last[spec]
     else:
         counts = np.minimum(remaining, _slice_lengths(core, served, spec))
-        tokens = table.token_pool.rows[ragged_indices(first, counts)]
+        tokens = requests.token_pool.rows[ragged_indices(first, counts)]
         wants = np.repeat(specs.wants_every[spec], counts)
         ends = counts == remaining
         wants[(counts.cumsum() - 1)[ends]] = specs.wants_last[spec[ends]]
     if served.takes_tokens:
         tokens = tokens[:, 0]
-    ticket = served.stepper.submit(sessions.slot[rows], counts, tokens, wants, int(specs.top_k[spec].max()))
-    _count_begun(core, served, runs)
+    slots = sessions.slot[rows].astype(np.int64)
+    ticket = served.stepper.submit(slots, counts, tokens, wants, int(specs.top_k[spec].max()))
+    _count_begun(core, served, runs, asked)
     table.status[runs] = Status.STARTED
-    return RunTick(served, rows, runs, spec, counts, done + counts, remaining - counts, wants, ticket, core.now)
+    return RunTick(served, rows, runs, asked, spec, counts, done + counts, remaining - counts, wants, ticket, core.now)
 
 
-def _count_begun(core: Core, served: ServedModel, runs: IntArray) -> None:
+def _count_begun(core: Core, served: ServedModel, runs: IntArray, asked: IntArray) -> None:
     statistics, table = core.statistics.models[served.index], served.runs
     statistics.batch_size.observe_one(len(runs))
     begins = table.status[runs] == Status.WAITING
     if np.count_nonzero(begins):
-        statistics.step_queue.observe(core.now - table.accepted_at[runs[begins]])
+        statistics.step_queue.observe(core.now - table.requests.accepted_at[asked[begins]])
 
 
 def _slice_lengths(core: Core, served: ServedModel, spec: IntArray) -> IntArray:
@@ -67,9 +69,9 @@ def finish_run_tick(core: Core, tick: RunTick, result: StepResult) -> None:
     """Advance positions, give out answers, hold them, and go on with the sessions."""
     sessions, served, rows, runs = core.sessions, tick.served, tick.rows, tick.runs
     leave_tick(core, served, rows)
-    served.runs.done[runs] = tick.done
-    sessions.position[rows] += tick.counts
-    sessions.num_pending_tokens[rows] -= tick.counts
+    served.runs.requests.done[tick.asked] = tick.done
+    sessions.position[rows] = sessions.position[rows] + tick.counts
+    sessions.num_pending_tokens[rows] = sessions.num_pending_tokens[rows] - tick.counts.astype(np.int32)
     num_tokens = len(tick.wants)
     core.num_pending_tokens -= num_tokens
     answer_tick(core, tick, result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from cellserve.v1.stream_pb2 import Durability, OpenMode
 from cellserve_service import messages
-from cellserve_service.merging import merged
+from cellserve_service.merging import take_alike
 from cellserve_service.messages import Command, InitialState, SessionTarget, SubmitGenerate
 from cellserve_service.outputs import NO_OUTPUTS, OutputSpec
 from tests.service.engine_checks import check_nothing_left
@@ -135,8 +135,9 @@ class Driver(SideBySide):
         commands = [self._command(stream, rows, outputs) for stream, rows in batches]
         self._handle(*commands)
         rest = list(zip(commands, (rows for _, rows in batches), strict=True))
-        for group in merged(commands):
-            assert isinstance(group, list)
+        left = deque[Command](commands)
+        while left:
+            group = take_alike(left)
             together, rest = rest[: len(group)], rest[len(group) :]
             found = [self._find(command.stream, row.session) for command, rows in together for row in rows]
             models = {session.model.name for session in found if not isinstance(session, str)}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from cellserve_service.core import Core
-from cellserve_service.runs import Kind, Status
+from cellserve_service.runs import NOT_ASKED, Kind, Status
 from cellserve_service.served import ServedModel
 from cellserve_service.sessions import NO_RUN, NO_SLOT, Durability, Stage
 
@@ -21,6 +23,12 @@ def check_engine(core: Core) -> None:
     assert {row: name for name, row in sessions.row_by_id.items()} == {
         row: name for row, name in enumerate(sessions.ids) if name is not None
     }
+    queue = sessions._idle_queue
+    queued = sorted([*queue._due.tolist(), *itertools.chain.from_iterable(queue._buckets.values())])
+    assert queued == np.flatnonzero(queue._is_here).tolist()
+    assert set(open_rows) <= set(queued)
+    for column in sessions._zero_when_free:
+        assert not column[~sessions.is_open].any()
     assert set(sessions.parked) <= set(open_rows)
     assert sorted(core.generations) == np.flatnonzero(sessions.is_generating).tolist()
     assert core.num_pending_tokens == sessions.num_pending_tokens.sum()
@@ -77,8 +85,8 @@ def check_nothing_left(core: Core) -> None:
         assert not core.keeping.requests
         assert core.keeping.num_writing == 0
     for served in core.served:
-        assert served.runs.num_runs == 0
-        assert served.runs.token_pool.num_live == served.runs.held_pool.num_live == 0
+        assert len(served.runs) == len(served.runs.requests) == 0
+        assert served.runs.requests.token_pool.num_live == served.runs.held_pool.num_live == 0
         assert served.slots.num_resident == 0
         assert served.num_in_ticks == 0
         assert not any(len(queue) for queue in served.ready)
@@ -101,7 +109,9 @@ def _check_session(core: Core, row: int) -> set[tuple[int, int]]:
     assert sessions.last_run[row] == (chain[-1] if chain else NO_RUN)
     assert sessions.num_unfinished[row] == len(unfinished)
     plain = [run for run in unfinished if runs.kind[run] == Kind.RUN]
-    assert sessions.num_pending_tokens[row] == sum(int(runs.count[run] - runs.done[run]) for run in plain)
+    assert sessions.num_pending_tokens[row] == sum(
+        int(runs.count[run] - runs.requests.done[runs.asked[run]]) for run in plain
+    )
     assert sessions.num_pending_tokens[row] <= core.limits.max_session_pending_tokens
     assert all(runs.status[run] == Status.WAITING for run in unfinished[1:])
     if not any(runs.kind[run] == Kind.OPERATION for run in unfinished):
@@ -113,7 +123,7 @@ def _check_session(core: Core, row: int) -> set[tuple[int, int]]:
         assert not unfinished or runs.kind[unfinished[0]] != Kind.OPERATION
     if sessions.stage[row] == Stage.RESTING:
         waits_for_store = core.keeping is not None and bool(core.keeping.trouble) and bool(generates)
-        assert waits_for_store or runs.stream[unfinished[0]] in core.paused_streams
+        assert waits_for_store or runs.request_of(unfinished[0])[0] in core.paused_streams
     assert not (row in sessions.parked and sessions.slot[row] != NO_SLOT)
     return {(served.index, run) for run in chain}
 
@@ -125,7 +135,12 @@ def _check_model(core: Core, served: ServedModel, chained: set[int]) -> None:
     assert (runs.status[free] == Status.FREE).all()
     assert (runs.held_words[free] == 0).all()
     waiting = (runs.status == Status.WAITING) | (runs.status == Status.STARTED)
-    assert runs.token_pool.num_live == runs.count[waiting].sum()
+    requests = runs.requests
+    asked = runs.asked[waiting & (runs.kind != Kind.OPERATION)].tolist()
+    assert (requests.run[asked] == np.flatnonzero(waiting & (runs.kind != Kind.OPERATION))).all()
+    assert sorted(requests._free[: requests._num_free].tolist() + asked) == list(range(len(requests.run)))
+    assert (runs.asked[~waiting & (runs.status != Status.FREE)] == NOT_ASKED).all()
+    assert requests.token_pool.num_live == requests.num_tokens.sum() == runs.count[waiting].sum()
     assert runs.held_pool.num_live == runs.held_words.sum()
     of_model = sessions.model == served.index
     stage = np.where(of_model & sessions.is_open, sessions.stage, 0)

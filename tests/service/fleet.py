@@ -36,7 +36,8 @@ class Replica:
         self.fleet, self.number = fleet, number
         self.stepper = FakeStepper(fleet.model, fleet.num_slots, fleet.max_batch)
         self.engine = Engine([self.stepper], fleet.limits, Statistics(), has_store=True, wall_offset=WALL_OFFSET)
-        for pool in (self.engine.core.served[0].runs.token_pool, self.engine.core.served[0].runs.held_pool):
+        runs = self.engine.core.served[0].runs
+        for pool in (runs.requests.token_pool, runs.held_pool):
             pool.rows = pool.rows[:4]
         self.keeper = PlainKeeper(fleet.store, number, self._take_reply, fleet.note_taken(number))
         self.unanswered: set[tuple[int, int]] = set()
@@ -88,7 +89,8 @@ class Replica:
         self._look()
 
     def sweep(self) -> None:
-        self.engine.sweep(self.fleet.now)
+        while self.engine.sweep(self.fleet.now):
+            pass
         self._look()
 
     def apply(self) -> None:

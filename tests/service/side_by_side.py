@@ -43,7 +43,7 @@ class SideBySide:
         self.engine = Engine(self.steppers, self.limits, self.statistics)
         for served in self.engine.core.served:
             # So small that they are compacted all the time.
-            for pool in (served.runs.token_pool, served.runs.held_pool):
+            for pool in (served.runs.requests.token_pool, served.runs.held_pool):
                 pool.rows = pool.rows[:4]
         sessions = self.engine.core.sessions
         self.plain = PlainService(self.models, self.limits, lambda session_id: sessions.row_by_id[session_id])
@@ -83,7 +83,8 @@ class SideBySide:
 
     def sweep(self) -> None:
         self.agrees = False
-        self.engine.sweep(self.now)
+        while self.engine.sweep(self.now):
+            pass
         self._records = self._take_records()
         self.plain.sweep()
         self._compare()
@@ -182,7 +183,9 @@ class SideBySide:
 
     def _handle(self, *commands: Command) -> list[tuple[Record, int]]:
         self.agrees = False
-        self.engine.handle_all(commands, self.now)
+        left = deque(commands)
+        while left:
+            self.engine.handle_all(left, self.now)
         self._records = self._take_records()
         return self._records
 

@@ -17,17 +17,17 @@ class _Chains:
         self.rows = self.sessions.create("abc", 0, 7, 0.0)
         self.table = RunTable(self.sessions, np.uint32, 1)
         self.table.held_pool.rows = self.table.held_pool.rows[:4]
-        self.table.token_pool.rows = self.table.token_pool.rows[:4]
+        pool = self.table.requests.token_pool
+        pool.rows = pool.rows[:4]
         self.held: list[list[int]] = [[], [], []]
         self.unfinished: list[list[int]] = [[], [], []]
 
     def accept(self, rows: list[int], count: int) -> None:
         table = self.table
         runs = table.allocate(len(rows), Kind.RUN)
-        offset = table.token_pool.allocate(count * len(rows))
-        table.tokens[runs] = offset + count * np.arange(len(rows))
+        asked = table.ask(runs, 7, runs.astype(np.uint64), 0.0, np.inf)
+        table.requests.put_tokens(asked, np.full(len(rows), count), np.repeat(runs, count))
         table.count[runs] = count
-        table.token_pool.rows[offset : offset + count * len(rows), 0] = np.repeat(runs, count)
         table.start[runs] = 10 * np.array([len(self.held[row]) + len(self.unfinished[row]) for row in rows])
         table.append(np.array(rows), runs)
         for row, run in zip(rows, runs.tolist(), strict=True):
@@ -67,10 +67,17 @@ class _Chains:
                 assert table.status[run] == Status.HELD
                 assert (table.held_answer(run) == run).all()
             for run in unfinished:
-                first = table.tokens[run]
-                assert (table.token_pool.rows[first : first + table.count[run], 0] == run).all()
+                requests, asked = table.requests, table.asked[run]
+                first = requests.tokens[asked]
+                assert (requests.token_pool.rows[first : first + table.count[run], 0] == run).all()
+                assert table.request_of(run) == (7, run)
         lived = sum(map(len, self.held + self.unfinished))
-        assert table.num_runs == lived
+        assert len(table) == lived
+        asked = sorted(table.requests.run[table.requests.of_stream(7)].tolist())
+        assert asked == sorted(run for runs in self.unfinished for run in runs)
+        held_runs, places = table.held_runs(self.rows[::-1].copy())
+        assert held_runs.tolist() == [run for row in (2, 1, 0) for run in self.held[row]]
+        assert places.tolist() == [place for place, row in enumerate((2, 1, 0)) for _ in self.held[row]]
 
 
 ROWS = st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True)
@@ -98,7 +105,7 @@ def test_chains_hold_what_was_put_there_in_order(steps: list[tuple[str, object, 
     for row in range(3):
         chains.remove(row, set(range(100)))
     chains.check()
-    assert chains.table.held_pool.num_live == chains.table.token_pool.num_live == 0
+    assert chains.table.held_pool.num_live == chains.table.requests.token_pool.num_live == 0
 
 
 def test_the_table_grows_and_keeps_its_runs() -> None:

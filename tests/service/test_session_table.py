@@ -96,7 +96,7 @@ def test_an_id_that_ended_is_told_apart_from_one_that_never_was_until_it_is_forg
 
     assert (reason("a"), reason("b")) == (CLOSED, EXPIRED)
     assert reason("c") == ErrorReason.ERROR_REASON_SESSION_NOT_FOUND
-    table.forget_ended(before=3.0)
+    table.forget_ended(before=3.0, most=9)
     assert (reason("a"), reason("b")) == (ErrorReason.ERROR_REASON_SESSION_NOT_FOUND, EXPIRED)
 
 
@@ -108,7 +108,7 @@ def test_an_id_that_is_created_again_is_forgotten_as_ended_and_remembered_anew()
     assert table.resolve_id("a") == row
     table.remember_ended(table.forget_id(row), EXPIRED, 9.0)
     table.free(row)
-    table.forget_ended(before=5.0)
+    table.forget_ended(before=5.0, most=9)
     refusal = table.resolve_id("a")
     assert isinstance(refusal, Refusal)
     assert refusal.reason == EXPIRED
