@@ -1,16 +1,17 @@
 """The stepping form of the cells: one token for every row of a batch, in place, weights prepared once.
 
-The equations are those of equations.py, written as in-place torch operations on preallocated buffers; a test
-holds the two together. Sizes marked with an apostrophe are padded: H' with `deterministic` on to a multiple
-of 32, so that no row ends in the part of a vectorised loop that rounds differently; the padding stays zero.
-Products run over B' rows, everything else over B, so that rows behind the batch are never changed.
+The equations are those of equations.py, written as in-place torch operations on preallocated buffers and
+products that are bound to them; a test holds the two together. Sizes marked with an apostrophe are padded: H'
+with `deterministic` on to a multiple of 32, so that no row ends in the part of a vectorised loop that rounds
+differently; the padding stays zero. Products run over B' rows, everything else over B, so that rows behind
+the batch are never changed.
 Symbols: B rows, H hidden size, G row blocks, L layers, I input size, V vocabulary, D numbers a layer is
 given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "PreparedLayer",
     "advance_layer",
     "pad_to_multiple",
+    "part_sizes",
     "prepare_head",
     "prepare_layers",
 ]
@@ -50,24 +52,21 @@ class PreparedLayer:
 
 @dataclass(frozen=True, slots=True)
 class LayerViews:
-    """The parts of the buffers that one layer works on, for some rows.
+    """The parts of the buffers that one layer works on, for some rows, and the products bound to them.
 
-    below: (B', D'), what the layer is given, None where there is a table. products: (B', G*H'), with a table
-    W_x x_t + b on entry. hidden: (B', H'), h_{t-1}. The others have B rows: blocks, the G blocks (B, H') of
-    products; new_hidden, the rows of hidden to overwrite with h_t; memory, c of lstm.
+    fill: puts W_x x_t + b into `blocks`, from what the layer is given; None where a table has done so. add:
+    each recurrent product, which returns the sum of what it is given and what stands in `blocks`, in the
+    parts that `part_sizes` says, or in `blocks` themselves. All tensors have B rows: blocks, the G blocks (B,
+    H') of the activations; new_hidden, h_{t-1} to overwrite with h_t; memory, c of lstm.
     """
 
-    below: Tensor | None
-    products: Tensor
-    hidden: Tensor
-    gate_products: Tensor  # (B', 2H'), the first two blocks of `products`
-    candidate_products: Tensor  # (B', H'), the block of the candidate
+    fill: Callable[[], None] | None
+    add: tuple[Callable[[], Sequence[Tensor]], ...]
     gates: Tensor  # (B, 2H'), the first two blocks
     blocks: tuple[Tensor, ...]
     new_hidden: Tensor
     memory: Tensor | None
-    scratch: Tensor  # (B', H')
-    scratch_rows: Tensor  # (B, H')
+    scratch: Tensor  # (B, H'), what the second product of gru is given
 
 
 def pad_to_multiple(size: int, multiple: int) -> int:
@@ -92,7 +91,7 @@ def prepare_layers(config: ModelConfig, tensors: dict[str, Tensor], multiple: in
             width = pad_to_multiple(config.layer_input_size(layer), multiple)
             input_weight = _pad_blocks(part["input_weight"], num_blocks, padded, width).t().contiguous()
         recurrent = _pad_blocks(part["recurrent_weight"], num_blocks, padded, padded)
-        splits = [2 * padded, padded] if config.cell in _TWO_PRODUCTS else [num_blocks * padded]
+        splits = [sum(sizes) for sizes in part_sizes(config.cell, padded)]
         recurrent_bias, leak = part.get("recurrent_bias"), part.get("leak")
         if recurrent_bias is not None:
             recurrent_bias = _pad_blocks(recurrent_bias.unsqueeze(1), 1, padded, 1).squeeze(1)
@@ -120,11 +119,15 @@ def prepare_head(tensors: dict[str, Tensor], multiple: int) -> tuple[Tensor, Ten
     return weight.t().contiguous(), padded_bias
 
 
+def part_sizes(cell: str, width: int) -> list[list[int]]:
+    """The columns of each part that a cell takes its recurrent products in, product after product."""
+    return [[blocks * width for blocks in parts] for parts in _PARTS[cell]]
+
+
 def advance_layer(cell: str, layer: PreparedLayer, views: LayerViews) -> None:
     """Advance every row of `views` by one token; `views.blocks` then hold the gates, where there are some."""
-    if layer.input_weight is not None:
-        assert layer.bias is not None and views.below is not None  # noqa: PT018
-        torch.addmm(layer.bias, views.below, layer.input_weight, out=views.products)
+    if views.fill is not None:
+        views.fill()
     _KERNELS[cell](layer, views)
 
 
@@ -148,57 +151,56 @@ def _pad_blocks(weight: Tensor, num_blocks: int, rows: int, columns: int) -> Ten
 
 
 def _vanilla_rnn(layer: PreparedLayer, views: LayerViews) -> None:
-    views.products.addmm_(views.hidden, layer.recurrent_weights[0])
-    torch.tanh(views.blocks[0], out=views.new_hidden)
+    torch.tanh(views.add[0]()[0], out=views.new_hidden)
 
 
 def _leaky_rnn(layer: PreparedLayer, views: LayerViews) -> None:
     assert layer.leak is not None
-    views.products.addmm_(views.hidden, layer.recurrent_weights[0])
-    candidate = views.blocks[0].tanh_()
+    candidate = views.add[0]()[0].tanh_()
     torch.lerp(candidate, views.new_hidden, layer.leak, out=views.new_hidden)
 
 
 def _simplified_gru(layer: PreparedLayer, views: LayerViews) -> None:
-    views.products.addmm_(views.hidden, layer.recurrent_weights[0])
-    forget, candidate = views.blocks
-    torch.lerp(candidate.tanh_(), views.new_hidden, forget.sigmoid_(), out=views.new_hidden)
+    forget_sum, candidate_sum = views.add[0]()
+    forget = torch.sigmoid(forget_sum, out=views.blocks[0])
+    torch.lerp(candidate_sum.tanh_(), views.new_hidden, forget, out=views.new_hidden)
 
 
 def _gru(layer: PreparedLayer, views: LayerViews) -> None:
-    gate_weight, candidate_weight = layer.recurrent_weights
-    update, reset, candidate = views.blocks
-    views.gate_products.addmm_(views.hidden, gate_weight)
-    views.gates.sigmoid_()
+    update, reset, _ = views.blocks
+    torch.sigmoid(views.add[0]()[0], out=views.gates)
     # The reset gate acts before the product, as in Cho et al. (2014).
-    torch.mul(reset, views.new_hidden, out=views.scratch_rows)
-    views.candidate_products.addmm_(views.scratch, candidate_weight)
-    torch.lerp(candidate.tanh_(), views.new_hidden, update, out=views.new_hidden)
+    torch.mul(reset, views.new_hidden, out=views.scratch)
+    candidate = views.add[1]()[0].tanh_()
+    torch.lerp(candidate, views.new_hidden, update, out=views.new_hidden)
 
 
 def _gru_reset_after(layer: PreparedLayer, views: LayerViews) -> None:
-    assert layer.recurrent_bias is not None
-    gate_weight, candidate_weight = layer.recurrent_weights
     update, reset, candidate = views.blocks
-    views.gate_products.addmm_(views.hidden, gate_weight)
-    views.gates.sigmoid_()
-    torch.addmm(layer.recurrent_bias, views.hidden, candidate_weight, out=views.scratch)
-    candidate.addcmul_(reset, views.scratch_rows).tanh_()
+    torch.sigmoid(views.add[0]()[0], out=views.gates)
+    candidate.addcmul_(reset, views.add[1]()[0]).tanh_()
     torch.lerp(candidate, views.new_hidden, update, out=views.new_hidden)
 
 
 def _lstm(layer: PreparedLayer, views: LayerViews) -> None:
     assert views.memory is not None
-    views.products.addmm_(views.hidden, layer.recurrent_weights[0])
-    enter, forget, candidate, output = views.blocks
-    views.gates.sigmoid_()
-    output.sigmoid_()
-    views.memory.mul_(forget).addcmul_(enter, candidate.tanh_())
+    gate_sums, candidate_sum, output_sum = views.add[0]()
+    enter, forget, _, output = views.blocks
+    torch.sigmoid(gate_sums, out=views.gates)
+    torch.sigmoid(output_sum, out=output)
+    views.memory.mul_(forget).addcmul_(enter, candidate_sum.tanh_())
     torch.tanh(views.memory, out=views.new_hidden).mul_(output)
 
 
-# gru because its second product needs the first; gru_reset_after because its two sums must stay apart.
-_TWO_PRODUCTS = frozenset({"gru", "gru_reset_after"})
+# Two products for gru because the second needs the first, for gru_reset_after because its sums must stay apart.
+_PARTS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "vanilla_rnn": ((1,),),
+    "leaky_rnn": ((1,),),
+    "simplified_gru": ((1, 1),),
+    "gru": ((2,), (1,)),
+    "gru_reset_after": ((2,), (1,)),
+    "lstm": ((2, 1, 1),),
+}
 _KERNELS: dict[str, Callable[[PreparedLayer, LayerViews], None]] = {
     "vanilla_rnn": _vanilla_rnn,
     "leaky_rnn": _leaky_rnn,

@@ -6,22 +6,24 @@ S' = H' or 2H' numbers of a state, I input size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cellserve_model.config import ModelConfig
-from cellserve_model.determinism import ROW_MULTIPLE, WIDTH_MULTIPLE, largest_consistent_block
+from cellserve_model.determinism import WIDTH_MULTIPLE, choose_blocking
 from cellserve_model.kernels import (
     LayerViews,
     PreparedLayer,
     advance_layer,
     pad_to_multiple,
+    part_sizes,
     prepare_head,
     prepare_layers,
 )
+from cellserve_model.products import Weight, bind_add, bind_biased, fastest
 
 __all__ = ["RowViews", "SteppingNetwork"]
 
@@ -69,7 +71,10 @@ class SteppingNetwork:
         if config.output_size is not None:
             weight, bias = prepare_head(tensors, multiple)
             self.head_weight, self.head_bias = weight.to(device), bias.to(device)
-        self._block_rows = self._choose_block_rows() if deterministic else max_rows
+        self._row_multiple, self._block_rows, prepare = self._choose_products()
+        self._recurrent = [[prepare(weight) for weight in layer.recurrent_weights] for layer in self.layers]
+        self._input = [None if layer.input_weight is None else prepare(layer.input_weight) for layer in self.layers]
+        self._head = None if self.head_weight is None else prepare(self.head_weight)
         rows = self.padded_rows(max_rows)
         self._states = torch.zeros(rows, config.num_layers, self.state_width, device=device)
         self._products = torch.zeros(rows, config.spec.num_blocks * self.width, device=device)
@@ -81,12 +86,7 @@ class SteppingNetwork:
 
     def padded_rows(self, num_rows: int) -> int:
         """How many rows a product over `num_rows` rows has."""
-        if not self.deterministic:
-            return num_rows
-        if self.device.type == "cpu":
-            return pad_to_multiple(num_rows, ROW_MULTIPLE)
-        # A GPU library chooses its kernel by the shape of the product, so there is only one shape.
-        return pad_to_multiple(num_rows, self.max_rows)
+        return pad_to_multiple(num_rows, self._row_multiple)
 
     def views(self, num_rows: int) -> RowViews:
         """The buffers' first rows; made once for a number of rows."""
@@ -116,12 +116,14 @@ class SteppingNetwork:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Head outputs (B', O') of hidden vectors (B', H'); padded outputs, if any, are -inf."""
-        assert self.head_bias is not None and self.head_weight is not None  # noqa: PT018
-        if not self.deterministic or len(hidden) <= self._block_rows:
-            return torch.addmm(self.head_bias, hidden, self.head_weight)
+        assert self.head_bias is not None and self._head is not None  # noqa: PT018
         logits = hidden.new_empty(len(hidden), len(self.head_bias))
+        if len(hidden) <= self._block_rows or not self.deterministic:
+            return bind_biased(self._head, self.head_bias, hidden, logits, len(hidden))()
         for rows, out in zip(torch.split(hidden, self._block_rows), torch.split(logits, self._block_rows), strict=True):
-            torch.addmm(self.head_bias, rows, self.head_weight, out=out)
+            part = bind_biased(self._head, self.head_bias, rows, out, len(rows))()
+            if not part.is_set_to(out):
+                out.copy_(part)
         return logits
 
     def gates(self, number: int, part: LayerViews) -> Tensor:
@@ -134,12 +136,17 @@ class SteppingNetwork:
         rows = part.new_hidden
         return torch.stack(found, dim=1) if found else rows.new_empty(len(rows), 0, size)
 
-    def _choose_block_rows(self) -> int:
+    def _choose_products(self) -> tuple[int, int, Callable[[Tensor], Weight]]:
+        """The multiple that rows are padded to, the most rows of a product, and how weights are prepared for it."""
+        if not self.deterministic:
+            return 1, self.max_rows, fastest
         if self.device.type != "cpu":
-            return self.max_rows
+            # A GPU library chooses its kernel by the shape of the product, so there is only one shape.
+            return self.max_rows, self.max_rows, fastest
         weights = [weight for layer in self.layers for weight in layer.recurrent_weights]
         weights += [layer.input_weight for layer in self.layers if layer.input_weight is not None]
-        return largest_consistent_block(weights if self.head_weight is None else [*weights, self.head_weight])
+        blocking = choose_blocking(weights if self.head_weight is None else [*weights, self.head_weight])
+        return blocking.row_multiple, blocking.block_rows, blocking.prepare
 
     def _make_views(self, num_rows: int) -> RowViews:
         layers = [self._layer_views(number, 0, num_rows) for number in range(self.config.num_layers)]
@@ -157,30 +164,54 @@ class SteppingNetwork:
             parts=parts,
             input_rows=None if self._inputs is None else self._inputs[:num_rows, : self.config.input_size],
             top_hidden=layers[-1].new_hidden,
-            padded_top_hidden=layers[-1].hidden,
+            padded_top_hidden=self._states[: self.padded_rows(num_rows), -1, : self.width],
         )
 
     def _layer_views(self, number: int, first: int, num_rows: int) -> LayerViews:
         width, padded = self.width, slice(first, first + self.padded_rows(num_rows))
         rows = slice(first, first + num_rows)
-        below = self._inputs
-        if number > 0:
-            below = self._states[:, number - 1, :width]
-        products, state = self._products, self._states[:, number]  # (., G*H'), (., S')
-        candidate = slice(2 * width, 3 * width) if self.config.spec.num_blocks > 2 else slice(0, width)
+        products, state = self._products[padded], self._states[:, number]  # (B', G*H'), (., S')
         return LayerViews(
-            below=None if below is None else below[padded],
-            products=products[padded],
-            hidden=state[padded, :width],
-            gate_products=products[padded, : 2 * width],
-            candidate_products=products[padded, candidate],
-            gates=products[rows, : 2 * width],
-            blocks=torch.split(products[rows], width, dim=1),
+            fill=self._bind_input(number, padded, num_rows),
+            add=self._bind_recurrent(number, padded, num_rows),
+            gates=products[:num_rows, : 2 * width],
+            blocks=torch.split(products[:num_rows], width, dim=1),
             new_hidden=state[rows, :width],
             memory=state[rows, width:] if self.state_width > width else None,
-            scratch=self._scratch[padded],
-            scratch_rows=self._scratch[rows],
+            scratch=self._scratch[rows],
         )
+
+    def _bind_input(self, number: int, padded: slice, num_rows: int) -> Callable[[], None] | None:
+        weight, bias = self._input[number], self.layers[number].bias
+        if weight is None or bias is None:
+            return None
+        below = self._inputs if number == 0 else self._states[:, number - 1, : self.width]
+        assert below is not None
+        out = self._products[padded]
+        own = out[:num_rows]
+        multiply = bind_biased(weight, bias, below[padded], out, num_rows)
+
+        def fill() -> None:
+            result = multiply()
+            if not result.is_set_to(own):
+                own.copy_(result)
+
+        return fill
+
+    def _bind_recurrent(self, number: int, padded: slice, num_rows: int) -> tuple[Callable[[], Sequence[Tensor]], ...]:
+        cell, weights = self.config.cell, self._recurrent[number]
+        hidden, scratch = self._states[padded, number, : self.width], self._scratch[padded]
+        sums = torch.split(self._products[padded], [weight.plain.shape[1] for weight in weights], dim=1)
+        sizes = part_sizes(cell, self.width)
+        first = bind_add(weights[0], hidden, sums[0], num_rows, sizes[0])
+        if cell == "gru":
+            return first, bind_add(weights[1], scratch, sums[1], num_rows, sizes[1])
+        if cell == "gru_reset_after":
+            bias = self.layers[number].recurrent_bias
+            assert bias is not None
+            multiply = bind_biased(weights[1], bias, hidden, scratch, num_rows)
+            return first, lambda: (multiply(),)
+        return (first,)
 
 
 def _moved(layer: PreparedLayer, device: torch.device) -> PreparedLayer:

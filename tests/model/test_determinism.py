@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cellserve_model import CELLS, Stepper, Want, load_stepper
-from cellserve_model.determinism import largest_consistent_block
+from cellserve_model.determinism import choose_blocking
+from cellserve_model.products import bind_add
 from tests.support.models import write_tiny_model
 
 NUM_TOKENS = 12
@@ -171,16 +172,25 @@ def test_deterministic_steppers_take_one_thread(tmp_path: Path) -> None:
         assert torch.get_num_threads() == 1
 
 
-def test_the_block_of_rows_agrees_with_every_smaller_one() -> None:
-    random = torch.Generator().manual_seed(0)
-    weights = [torch.randn(shape, generator=random) for shape in ((32, 96), (512, 1024), (1024, 256))]
-    block = largest_consistent_block(weights)
-    assert block in (8, 16, 32, 64)
-    for weight in weights:
-        rows = torch.randn(block, weight.shape[0], generator=random)
-        whole = rows @ weight
-        for size in range(8, block + 1, 8):
-            assert torch.equal(rows[:size] @ weight, whole[:size])
+@pytest.mark.parametrize(
+    "shapes", [((32, 96), (32, 32)), ((512, 1024), (512, 512), (512, 40)), ((1024, 2048), (1024, 96))]
+)
+def test_a_row_of_a_product_is_the_same_in_every_block_that_was_chosen(shapes: tuple[tuple[int, int], ...]) -> None:
+    random = torch.Generator().manual_seed(7)
+    weights = [torch.randn(shape, generator=random) for shape in shapes]
+    blocking = choose_blocking(weights)
+    assert blocking.block_rows % blocking.row_multiple == 0
+    for matrix in weights:
+        weight = blocking.prepare(matrix)
+        rows = torch.randn(blocking.block_rows, matrix.shape[0], generator=random)
+        sums = torch.randn(blocking.block_rows, matrix.shape[1], generator=random)
+        (whole,) = bind_add(weight, rows, sums.clone(), len(rows), [matrix.shape[1]])()
+        torch.testing.assert_close(whole, (sums.double() + rows.double() @ matrix.double()).float(), atol=1e-3, rtol=0)
+        for size in range(blocking.row_multiple, len(rows) + 1, blocking.row_multiple):
+            for first in {0, len(rows) - size}:
+                part = slice(first, first + size)
+                (found,) = bind_add(weight, rows[part], sums[part].clone(), size, [matrix.shape[1]])()
+                assert torch.equal(found, whole[part])
 
 
 @contextmanager
