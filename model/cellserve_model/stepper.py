@@ -25,14 +25,14 @@ from cellserve_model.slab import Slab, to_tensor
 from cellserve_model.ticks import GenerateResult, ModelInfo, StepResult
 from cellserve_model.workspace import SteppingNetwork
 
-__all__ = ["Stepper", "Ticket"]
+__all__ = ["CpuStepper", "Ticket"]
 
 ResultT = TypeVar("ResultT", StepResult, GenerateResult)
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket(Generic[ResultT]):
-    """A tick under way; hand it to Stepper.collect once.
+    """A tick under way; hand it to `collect` of its stepper once.
 
     finish: makes the result, given the seconds of computing, once the tick has ended. ended: None where it
     has.
@@ -44,7 +44,7 @@ class Ticket(Generic[ResultT]):
     ended: torch.cuda.Event | None = None
 
 
-class Stepper:
+class CpuStepper:
     """A loaded model with the states of its sessions; all calls come from one thread.
 
     Slots 1 to num_slots hold states; slot 0 is scratch. max_batch: the most rows of a tick. num_threads: of
