@@ -35,8 +35,8 @@ def one_product_kernel(
     input_weight, bias, weight, recurrent_bias, leak,
     cell: tl.constexpr, inner: tl.constexpr, width: tl.constexpr, num_blocks: tl.constexpr,
     is_table: tl.constexpr, is_full: tl.constexpr,
-    state_stride: tl.constexpr, state_offset: tl.constexpr,  # halves of a row, and before this layer's
-    below_stride: tl.constexpr, below_offset: tl.constexpr,
+    state_stride: tl.constexpr, state_offset,  # halves of a row, and before this layer's
+    below_stride: tl.constexpr, below_offset,
     tile_rows: tl.constexpr, tile_columns: tl.constexpr,
     input_depth: tl.constexpr, depth: tl.constexpr, stages: tl.constexpr,
 ):
@@ -61,7 +61,7 @@ def gates_kernel(
     halves, bits, sources, update, reset_bits,  # update, reset_bits: the outputs, (B, W) float32, (B, 2W) halves
     tokens, table, below_halves, below_bits, below_rows, input_weight, bias, weight,
     inner: tl.constexpr, width: tl.constexpr, is_table: tl.constexpr, is_full: tl.constexpr,
-    state_stride: tl.constexpr, state_offset: tl.constexpr, below_stride: tl.constexpr, below_offset: tl.constexpr,
+    state_stride: tl.constexpr, state_offset, below_stride: tl.constexpr, below_offset,
     tile_rows: tl.constexpr, tile_columns: tl.constexpr,
     input_depth: tl.constexpr, depth: tl.constexpr, stages: tl.constexpr,
 ):
@@ -84,7 +84,7 @@ def candidate_kernel(
     halves, bits, sources, targets, update, reset_halves, reset_bits,
     tokens, table, below_halves, below_bits, below_rows, input_weight, bias, weight,
     inner: tl.constexpr, width: tl.constexpr, is_table: tl.constexpr, is_full: tl.constexpr,
-    state_stride: tl.constexpr, state_offset: tl.constexpr, below_stride: tl.constexpr, below_offset: tl.constexpr,
+    state_stride: tl.constexpr, state_offset, below_stride: tl.constexpr, below_offset,
     tile_rows: tl.constexpr, tile_columns: tl.constexpr,
     input_depth: tl.constexpr, depth: tl.constexpr, stages: tl.constexpr,
 ):
