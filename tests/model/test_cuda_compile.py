@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 MOST_SHARED_BYTES = 227 * 1024  # that one program may have on that chip
 
 
+@pytest.mark.timeout(600)  # seconds of a busy machine's time for some twenty compilations
 def test_kernels_compile_and_large_products_use_the_matrix_units(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

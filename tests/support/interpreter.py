@@ -1,4 +1,4 @@
-"""Runs Triton kernels on a CPU where there is no GPU: import this before any module with kernels.
+"""Runs Triton kernels on a CPU where there is no GPU: import this before Triton and any kernels.
 
 `DEVICE` is where the kernels run: the GPU, compiled, where torch sees one, else the CPU through Triton's
 interpreter, with amendments. Its matrix product takes bfloat16 for integers, so they are widened, which is
@@ -21,7 +21,7 @@ __all__ = ["DEVICE", "IS_INTERPRETED", "concurrent_programs"]
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 IS_INTERPRETED = DEVICE.type == "cpu"
 if IS_INTERPRETED:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported and when a kernel is defined
 
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
