@@ -64,7 +64,7 @@ check: $(INSTALLED)  ## lint, format and types, changing nothing
 test: install  ## run all tests, e.g. make test ARGS='-k stubs'
 	$(BIN)/python -m pytest $(ARGS)
 
-# Without a virtual environment or the network: only torch, numpy, safetensors and pytest need be there. So neither the
+# Without a virtual environment or the network: only torch, triton, numpy, safetensors and pytest need be there. So neither the
 # project's pytest settings and plugins are used, nor is any test module imported that has no such test.
 GPU_TESTS = $(shell grep -rl 'pytest.mark.gpu' tests/model --include='test_*.py')
 

@@ -73,13 +73,22 @@ def _load_on_gpu(
     weight_dtype: torch.dtype | None,
 ) -> Stepper:
     try:
+        from triton.runtime import driver
+
         from cellserve_model.cuda.loading import make_stepper
     except ModuleNotFoundError as error:
-        if error.name != "triton":
+        if error.name is None or error.name.partition(".")[0] != "triton":
             raise
         raise DeviceError(
             f"device {str(device)!r} needs the package triton, which CUDA builds of torch bring"
         ) from None
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # whatever a compiler or a driver says
+        raise DeviceError(
+            f"Triton cannot use device {str(device)!r}; it needs a C compiler (gcc or clang) and the C library's "
+            f"headers, with which it builds its launcher once: {error}"
+        ) from error
     return make_stepper(
         files.config,
         files.tensors,
