@@ -1,6 +1,6 @@
 """Compiles kernels for a Hopper GPU on a machine that has none, as `python -m tests.support.compile_kernels`.
 
-Each is compiled as the stepper of a bfloat16 model would launch it. Prints a line of JSON a kernel: its name,
+Each is compiled as a stepper would launch it. Prints a line of JSON a kernel: its name,
 the bytes of shared memory it takes, and whether the matrix units of whole warp groups multiply in it.
 """
 
@@ -93,9 +93,12 @@ def main() -> None:
     _launch_all(ModelConfig("gru", 2, 512, TokenInput(256, 8), 256))
     _launch_all(ModelConfig("gru_reset_after", 1, 1024, TokenInput(256, 8)))
     _launch_all(ModelConfig("lstm", 1, 256, VectorInput(3), 5))
+    _launch_all(ModelConfig("gru", 1, 64, TokenInput(256, 8), 256), weight_dtype=torch.float32, deterministic=True)
 
 
-def _launch_all(config: ModelConfig) -> None:
+def _launch_all(
+    config: ModelConfig, *, weight_dtype: torch.dtype = torch.bfloat16, deterministic: bool = False
+) -> None:
     """Warm up a stepper of this shape for a small and a large bucket."""
     tensors = {name: torch.zeros(shape) for name, shape in config.tensor_shapes().items()}
     info = ModelInfo(
@@ -126,8 +129,8 @@ def _launch_all(config: ModelConfig) -> None:
         torch.device("cpu"),
         num_slots=4,
         max_batch=1024,
-        deterministic=False,
-        weight_dtype=torch.bfloat16,
+        deterministic=deterministic,
+        weight_dtype=weight_dtype,
         capture=capture,
     )
     buckets = stepper._buckets
