@@ -26,6 +26,11 @@ FROM ${PYTHON_IMAGE}
 RUN useradd --uid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin cellserve \
     && install --directory --owner=cellserve --group=cellserve --mode=0700 /data
 COPY --from=build /venv /venv
+# On a GPU Triton builds the launcher of its kernels with a C compiler; a CPU build of torch brings no Triton.
+# hadolint ignore=DL3008
+RUN if ls -d /venv/lib/python3*/site-packages/triton >/dev/null 2>&1; then \
+      apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
+    fi
 # Nothing is written but under /tmp, and under /data with a store there: the root file system can be read-only.
 ENV PATH=/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -11,7 +11,7 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos format check test test-gpu test-container chaos demo serve train bench image system-deps
+.PHONY: help install protos format check test test-gpu test-container chaos demo serve train bench bench-gpu image system-deps
 
 help:
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,7 +64,7 @@ check: $(INSTALLED)  ## lint, format and types, changing nothing
 test: install  ## run all tests, e.g. make test ARGS='-k stubs'
 	$(BIN)/python -m pytest $(ARGS)
 
-# Without a virtual environment or the network: only torch, numpy, safetensors and pytest need be there. So neither the
+# Without a virtual environment or the network: only torch, triton, numpy, safetensors and pytest need be there. So neither the
 # project's pytest settings and plugins are used, nor is any test module imported that has no such test.
 GPU_TESTS = $(shell grep -rl 'pytest.mark.gpu' tests/model --include='test_*.py')
 
@@ -90,6 +90,9 @@ train: $(INSTALLED)  ## train the bundled model again
 
 bench: $(INSTALLED)  ## measure throughput and latency beside their limits
 	$(BIN)/python -m bench $(ARGS)
+
+bench-gpu:  ## check and time the cells on a GPU, with PYTHON's own torch and triton
+	PYTHONPATH=.:model $(PYTHON) -m bench.gpu $(ARGS)
 
 image:  ## build the container image cellserve (ENGINE=podman, PIP_ARGS='--extra-index-url ...')
 	$(ENGINE) build --build-arg PIP_ARGS="$(PIP_ARGS)" --tag cellserve .

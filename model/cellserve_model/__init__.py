@@ -24,9 +24,9 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from cellserve_model.files import ModelFiles, read_model, write_model
+    from cellserve_model.interface import Stepper
     from cellserve_model.loading import load_stepper
     from cellserve_model.network import Network
-    from cellserve_model.stepper import Stepper
     from cellserve_model.ticks import GenerateResult, ModelInfo, StepResult, Want
 
 _MODULE_BY_NAME = {
@@ -44,7 +44,7 @@ _MODULE_BY_NAME = {
     "Network": "network",
     "SourceFile": "corpus",
     "StepResult": "ticks",
-    "Stepper": "stepper",
+    "Stepper": "interface",
     "TokenInput": "config",
     "TrainingError": "errors",
     "VectorInput": "config",

@@ -22,7 +22,7 @@ __all__ = ["GenerateRequest", "GeneratedTensors", "generate"]
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """How each row of a tick samples; see Stepper.submit_generate."""
+    """How each row of a tick samples; see CpuStepper.submit_generate."""
 
     num_tokens: int
     positions: NDArray[np.int64]  # (B,)

@@ -1,4 +1,4 @@
-"""Advances many sessions at once: gathers their states from the slab, steps them, puts them back.
+"""Advances many sessions at once on a CPU: gathers their states from the slab, steps them, puts them back.
 
 Symbols: B rows of a tick, N tokens of a tick, I input size, L layers, O output size, Q stop tokens.
 """
@@ -18,21 +18,20 @@ from torch import Tensor
 
 from cellserve_model.errors import ModelError
 from cellserve_model.generation import GenerateRequest, generate
-from cellserve_model.graphs import StepGraphs, cuda_capture
 from cellserve_model.outputs import OutputTensors, Recorder
 from cellserve_model.plan import TickPlan, plan_tick
 from cellserve_model.slab import Slab, to_tensor
 from cellserve_model.ticks import GenerateResult, ModelInfo, StepResult
 from cellserve_model.workspace import SteppingNetwork
 
-__all__ = ["Stepper", "Ticket"]
+__all__ = ["CpuStepper", "Ticket"]
 
 ResultT = TypeVar("ResultT", StepResult, GenerateResult)
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket(Generic[ResultT]):
-    """A tick under way; hand it to Stepper.collect once.
+    """A tick under way; hand it to `collect` of its stepper once.
 
     finish: makes the result, given the seconds of computing, once the tick has ended. ended: None where it
     has.
@@ -44,7 +43,7 @@ class Ticket(Generic[ResultT]):
     ended: torch.cuda.Event | None = None
 
 
-class Stepper:
+class CpuStepper:
     """A loaded model with the states of its sessions; all calls come from one thread.
 
     Slots 1 to num_slots hold states; slot 0 is scratch. max_batch: the most rows of a tick. num_threads: of
@@ -59,7 +58,6 @@ class Stepper:
         self._num_threads = num_threads
         self._network = network
         self._slab = slab
-        self._graphs: StepGraphs | None = None
 
     def submit(
         self,
@@ -81,10 +79,11 @@ class Stepper:
             raise ValueError(f"{len(tokens)} tokens and {len(wants)} wants; there is one want for each token")
         plan = plan_tick(counts, wants)
         with torch.inference_mode():
-            started = self._start()
+            started = time.perf_counter()
             num_padding_rows, outputs = self._step(plan, slots, tokens, top_k)
-            on_host = outputs if self._device.type == "cpu" else outputs.to_host()
-            return self._ticket(started, lambda seconds: self._result(on_host, num_padding_rows, seconds))
+            return Ticket(
+                lambda seconds: self._result(outputs, num_padding_rows, seconds), time.perf_counter() - started
+            )
 
     def submit_generate(
         self,
@@ -112,21 +111,17 @@ class Stepper:
             )
         request = GenerateRequest(num_tokens, positions, seeds, temperatures, top_ks, top_ps, stop_tokens)
         with torch.inference_mode():
-            started = self._start()
+            started = time.perf_counter()
             views, on_device = self._network.views(len(slots)), to_tensor(slots, self._device)
             self._slab.gather(on_device, views.states)
             outputs = generate(self._network, views, request)
             self._slab.scatter(on_device, views.states)
-            on_host = outputs if self._device.type == "cpu" else outputs.to_host()
             num_padding_rows = num_tokens * (self._network.padded_rows(len(slots)) - len(slots))
-            return self._ticket(started, lambda seconds: on_host.result(num_padding_rows, seconds))
+            return Ticket(lambda seconds: outputs.result(num_padding_rows, seconds), time.perf_counter() - started)
 
     def collect(self, ticket: Ticket[ResultT]) -> ResultT:
-        """Wait for a tick and return its outputs."""
-        if ticket.started is None or ticket.ended is None:
-            return ticket.finish(ticket.seconds)
-        ticket.ended.synchronize()
-        return ticket.finish(ticket.started.elapsed_time(ticket.ended) / 1000)
+        """Return the outputs of a tick, which has ended when it is submitted."""
+        return ticket.finish(ticket.seconds)
 
     def read_rows(self, slots: NDArray[np.int64]) -> NDArray[np.float32]:
         """Copy states out: (B, L, state_size) float32."""
@@ -149,13 +144,10 @@ class Stepper:
             self._slab.copy(source_slots, target_slots)
 
     def warm_up(self) -> None:
-        """Run a tick once on the scratch slot, and capture the graphs of a GPU, so that no session waits."""
+        """Run a tick once on the scratch slot, so that no session waits."""
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
         with torch.inference_mode():
-            if self._device.type == "cuda" and self._graphs is None:
-                torch.cuda.set_device(self._device)
-                self._graphs = StepGraphs(self._network, self._slab, cuda_capture(self._device))
             for num_rows in {1, self.max_batch}:
                 views = self._network.views(num_rows)
                 shape = (num_rows,) if self.info.input_size is None else (num_rows, self.info.input_size)
@@ -166,11 +158,8 @@ class Stepper:
             self._slab.rows[0].zero_()
 
     def close(self) -> None:
-        """Let go of the slab, the weights and the graphs; the stepper is of no use afterwards."""
-        self._graphs = None
+        """Let go of the slab and the weights; the stepper is of no use afterwards."""
         del self._network, self._slab
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _step(
         self,
@@ -190,9 +179,7 @@ class Stepper:
             inputs = to_tensor(tokens[plan.token_order], self._device)
         on_device = to_tensor(slots if plan.order is None else slots[plan.order], self._device)
         recorder = Recorder(network, plan)
-        can_replay = self._graphs is not None and len(plan.step_sizes) == 1 and plan.gates is None
-        run = self._replay if can_replay else self._run_steps
-        num_padding_rows = run(plan, on_device, inputs, recorder)
+        num_padding_rows = self._run_steps(plan, on_device, inputs, recorder)
         return num_padding_rows, recorder.finish(observed, top_k)
 
     def _run_steps(self, plan: TickPlan, slots: Tensor, inputs: Tensor, recorder: Recorder) -> int:
@@ -211,32 +198,6 @@ class Stepper:
             num_padding_rows += network.padded_rows(size) - size
         slab.scatter(slots, views.states)
         return num_padding_rows
-
-    def _replay(self, plan: TickPlan, slots: Tensor, inputs: Tensor, recorder: Recorder) -> int:
-        """The same for one step, as the graph of its bucket."""
-        assert self._graphs is not None
-        views = self._network.views(len(slots))
-        if plan.head is not None and plan.head.captures[0] is not None:
-            self._slab.gather(slots, views.states)
-            recorder.before(views)
-        num_padding_rows = self._graphs.run(slots, inputs)
-        recorder.after(1, views)
-        return num_padding_rows
-
-    def _start(self) -> float | torch.cuda.Event:
-        if self._device.type == "cpu":
-            return time.perf_counter()
-        torch.cuda.set_device(self._device)  # events and graphs go to the current device, which is the thread's own
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def _ticket(self, started: float | torch.cuda.Event, finish: Callable[[float], ResultT]) -> Ticket[ResultT]:
-        if isinstance(started, float):
-            return Ticket(finish, time.perf_counter() - started)
-        ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        ended.record()
-        return Ticket(finish, 0.0, started, ended)
 
     def _result(self, outputs: OutputTensors, num_padding_rows: int, seconds: float) -> StepResult:
         info = self.info

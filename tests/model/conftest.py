@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tests.model.loading import LoadStepper
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which may be before tests.support.interpreter
+if sys.platform != "linux":
+    collect_ignore_glob = ["test_cuda_*", "test_bench_gpu*"]  # Triton is only there
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -78,7 +78,7 @@ def test_the_contract_can_be_used_without_numpy() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_tests_for_a_gpu_run_where_only_torch_numpy_safetensors_and_pytest_are() -> None:
+def test_tests_for_a_gpu_run_where_only_torch_triton_numpy_safetensors_and_pytest_are() -> None:
     marked = [path for path in (ROOT / "tests" / "model").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text()]
     waiting = [*marked, ROOT / "tests" / "conftest.py", ROOT / "tests" / "model" / "conftest.py"]
     needed: set[str] = set()
@@ -91,4 +91,10 @@ def test_tests_for_a_gpu_run_where_only_torch_numpy_safetensors_and_pytest_are()
                     waiting.append(helper)
             elif package not in sys.stdlib_module_names:
                 needed.add(package)
-    assert needed <= {"torch", "numpy", "safetensors", "pytest", "cellserve_model"}
+    assert needed <= {"torch", "triton", "numpy", "safetensors", "pytest", "cellserve_model"}
+
+
+def test_the_benchmark_for_a_gpu_needs_none_of_the_service_s_packages() -> None:
+    absent = ["grpc", "google.protobuf", "cellserve", "cellserve_service", "pydantic", "rich", "typer", "structlog"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import bench.gpu"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -14,6 +14,7 @@ TARGETS = [
     "serve",
     "train",
     "bench",
+    "bench-gpu",
     "system-deps",
     "test-gpu",
     "chaos",
