@@ -13,8 +13,11 @@ import argparse
 import functools
 import itertools
 import json
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,6 +43,7 @@ from cellserve_model.cuda.graphs import capture_in_one_pool
 __all__ = ["main"]
 
 _RUN_STEPS = 32
+_MOST_RUN_ROWS = 1024
 _SAMPLE_MICROSECONDS = 5000.0
 _MAX_REPEATS = 500
 _PEERS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
@@ -82,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--hidden", nargs="+", type=int, default=[256, 512, 1024, 2048], metavar="H")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 64, 1024, 16384], metavar="B")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="samples of each, in turns (default 7)")
+    parser.add_argument(
+        "--jobs", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes that compile beforehand"
+    )
     parser.add_argument("--check", action="store_true", help="only check, also through Triton's interpreter")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, not to the output")
     options = parser.parse_args(arguments)
@@ -99,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     check_run(cell, hidden_size, device)
                     print(f"{cell} H={hidden_size}: largest error {error:.1e} after {CHECKED_STEPS} steps")
                 return 0
+            compile_beforehand(shapes, options.rows, options.jobs)
             report = _measure(shapes, options.rows, options.rounds, device)
     except CheckError as error:
         print(f"The benchmark failed: {error}", file=sys.stderr)
@@ -108,6 +116,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def compile_beforehand(shapes: Sequence[tuple[int, str]], sizes: Sequence[int], num_jobs: int) -> None:
+    """Fill Triton's cache on disk from several processes: one after another, some 200 kernels take many minutes."""
+    with ProcessPoolExecutor(num_jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done in [pool.submit(_launch_once, cell, hidden_size, sizes) for hidden_size, cell in shapes]:
+            done.result()
+
+
+def _launch_once(cell: str, hidden_size: int, sizes: Sequence[int]) -> None:
+    device = torch.device("cuda", 0)
+    with torch.inference_mode():
+        check_steps(cell, hidden_size, device)
+        check_determinism(cell, hidden_size, sizes[:1], device)
+        check_run(cell, hidden_size, device)
+        for num_rows in sizes:
+            network = make_network(cell, hidden_size, num_rows, device)
+            tokens = torch.zeros(num_rows, _RUN_STEPS, dtype=torch.int32, device=device)
+            bucket = set_rows(network, torch.arange(1, num_rows + 1, device=device), tokens[:, 0], is_odd=False)
+            network.launch_step(bucket)
+            if num_rows <= _MOST_RUN_ROWS:
+                network.launch_run(*make_run(network, bucket, tokens))
+        torch.cuda.synchronize()
 
 
 def _measure(
@@ -133,7 +164,7 @@ def _measure(
     runs = []
     print(f"\nRuns of {_RUN_STEPS} tokens, microseconds a step: in one launch, as {_RUN_STEPS} replays")
     for hidden_size, cell in shapes:
-        for num_rows in (size for size in sizes if size <= 1024):
+        for num_rows in (size for size in sizes if size <= _MOST_RUN_ROWS):
             timings = _measure_run(cell, hidden_size, num_rows, rounds, device)
             runs.append({"cell": cell, "hidden_size": hidden_size, "num_rows": num_rows} | timings)
             print(

@@ -270,8 +270,6 @@ class CudaNetwork:
             inner=self.inner,
             num_blocks=spec.num_blocks,
             is_table=weights.table is not None,
-            keeps_states=len(outputs.states) > 0,
-            keeps_gates=len(outputs.gates) > 0,
             input_depth=tile_depth(self.inner),
             **self._sizes(tile),
             **({"launch_cooperative_grid": True} if self.device.type == "cuda" else {}),

@@ -74,7 +74,8 @@ def record_halves(values, out, wanted, rows, columns, width: tl.constexpr):
     tl.store(out + place * (2 * width) + width + columns[None, :], low, mask=place >= 0)
 
 
-@triton.jit
+# Not compiled anew for other numbers: a tick would wait for it.
+@triton.jit(do_not_specialize=["num_steps", "num_rows"])
 def run_kernel(
     halves, bits, sources, targets,  # the slab; (B,) int32, the two rows of each session
     starts, counts, row_tiles,  # (B,) int32, first token and number of tokens; (T,) int32, tiles of rows of a step
@@ -90,7 +91,6 @@ def run_kernel(
     cell: tl.constexpr, num_layers: tl.constexpr, num_vectors: tl.constexpr, num_gates: tl.constexpr,
     inner: tl.constexpr, width: tl.constexpr, num_blocks: tl.constexpr,
     is_table: tl.constexpr, is_full: tl.constexpr,
-    keeps_states: tl.constexpr, keeps_gates: tl.constexpr,
     tile_rows: tl.constexpr, tile_columns: tl.constexpr,
     input_depth: tl.constexpr, depth: tl.constexpr, stages: tl.constexpr,
 ):
@@ -128,9 +128,8 @@ def run_kernel(
                     places = rows.to(tl.int64)
                     tl.store(update + places[:, None] * width + columns[None, :], gate0)
                     store_number(reset_bits, places * (2 * width), columns, remembered, width)
-                    if keeps_gates:
-                        record(gate0, gates_out, gate_asked, rows, columns, num_gates, 0, num_layers, layer, width)
-                        record(gate1, gates_out, gate_asked, rows, columns, num_gates, 1, num_layers, layer, width)
+                    record(gate0, gates_out, gate_asked, rows, columns, num_gates, 0, num_layers, layer, width)
+                    record(gate1, gates_out, gate_asked, rows, columns, num_gates, 1, num_layers, layer, width)
                 num_waits += 1
                 wait_for_all(arrivals, num_waits)
             for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
@@ -159,24 +158,21 @@ def run_kernel(
                         cell, inner if layer == 0 else width, width, num_blocks, is_table and layer == 0, is_full,
                         tile_rows, tile_columns, input_depth if layer == 0 else depth, depth, stages,
                     )
-                    if keeps_gates:
-                        if num_gates > 0:
-                            record(gate0, gates_out, gate_asked, rows, columns, num_gates, 0, num_layers, layer, width)
-                        if num_gates > 1:
-                            record(gate1, gates_out, gate_asked, rows, columns, num_gates, 1, num_layers, layer, width)
-                        if num_gates > 2:
-                            record(gate2, gates_out, gate_asked, rows, columns, num_gates, 2, num_layers, layer, width)
+                    if num_gates > 0:
+                        record(gate0, gates_out, gate_asked, rows, columns, num_gates, 0, num_layers, layer, width)
+                    if num_gates > 1:
+                        record(gate1, gates_out, gate_asked, rows, columns, num_gates, 1, num_layers, layer, width)
+                    if num_gates > 2:
+                        record(gate2, gates_out, gate_asked, rows, columns, num_gates, 2, num_layers, layer, width)
                 hidden = tl.where(is_active[:, None], hidden, load_number(bits, old, columns, width))
                 store_number(bits, new, columns, hidden, width)
                 asked = state_places + step * num_rows
-                if keeps_states:
-                    record(hidden, states_out, asked, rows, columns, num_layers, layer, num_vectors, 0, width)
+                record(hidden, states_out, asked, rows, columns, num_layers, layer, num_vectors, 0, width)
                 if layer == num_layers - 1:
                     record_halves(hidden, hidden_out, hidden_places + step * num_rows, rows, columns, width)
                 if cell == "lstm":
                     memory = tl.where(is_active[:, None], memory, load_number(bits, old + 2 * width, columns, width))
                     store_number(bits, new + 2 * width, columns, memory, width)
-                    if keeps_states:
-                        record(memory, states_out, asked, rows, columns, num_layers, layer, num_vectors, 1, width)
+                    record(memory, states_out, asked, rows, columns, num_layers, layer, num_vectors, 1, width)
             num_waits += 1
             wait_for_all(arrivals, num_waits)

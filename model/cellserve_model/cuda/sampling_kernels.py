@@ -110,7 +110,7 @@ def choose(
     return tl.where(chosen < num_outputs, chosen, last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_stops"])
 def sample_kernel(
     logits, likeliest, totals,  # of the head: (B, O') and (B,)
     seeds, positions, temperatures, top_ks, top_ps,  # (B,): int64, int64, float32, int32, float32
