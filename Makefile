@@ -11,7 +11,7 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help install protos format check test test-gpu test-container chaos demo serve train bench bench-gpu image system-deps
+.PHONY: help install protos format check test test-gpu test-workers test-container chaos demo serve train bench bench-gpu image system-deps
 
 help:
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,10 @@ test-gpu:  ## run the tests that need a CUDA device, with PYTHON's own packages
 	PYTHONPATH=.:model:service:client $(PYTHON) -m pytest -c /dev/null --rootdir=. --import-mode=importlib \
 		-p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning -ra -m gpu \
 		$(or $(GPU_TESTS),$(error no test in tests/model is marked gpu)) $(ARGS)
+
+# Tests over the wire that say nothing of workers themselves.
+test-workers: install  ## run the tests over the wire before a server with two front-end processes (some minutes)
+	CELLSERVE_TEST_WORKERS=2 $(BIN)/python -m pytest tests/e2e $(ARGS)
 
 test-container: install  ## build the image and run it in a container engine of the tests' own (root, some minutes)
 	CELLSERVE_TEST_CONTAINER=true $(BIN)/python -m pytest -m container $(ARGS)

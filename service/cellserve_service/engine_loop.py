@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from cellserve_service.engine import Engine
+from cellserve_service.idempotency import RequestMemory
 from cellserve_service.messages import Command, Event, SubmitGenerate, SubmitRuns
 from cellserve_service.store_requests import StoreRequest
 
@@ -39,6 +40,7 @@ class EngineLoop:
         self,
         engine: Engine,
         *,
+        memory: RequestMemory,
         deliver: Callable[[list[Event]], None],
         failed: Callable[[BaseException], None],
         ask_store: Callable[[list[StoreRequest]], None] | None = None,
@@ -46,6 +48,7 @@ class EngineLoop:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
+        self._memory = memory
         self._deliver = deliver
         self._failed = failed
         self._ask_store = ask_store
@@ -69,8 +72,11 @@ class EngineLoop:
 
     def post(self, command: Command) -> None:
         """Give the engine a command; it takes it in its next turn."""
-        self._inbox.append(command)
-        self._gathers = self._gathers or (_is_of_call(command) or self._clock() - self._turn_ended_at < AT_ONCE_SECONDS)
+        if not self._memory.knows(command, self._clock()):
+            self._inbox.append(command)
+            self._gathers = self._gathers or (
+                _is_of_call(command) or self._clock() - self._turn_ended_at < AT_ONCE_SECONDS
+            )
         self._ask_for_turn()
 
     def stop(self) -> None:
@@ -110,7 +116,7 @@ class EngineLoop:
                 self._is_checkpointing = engine.write_due(clock())
             self._turn_ended_at = clock()
             self._turn_seconds = self._turn_ended_at - begun_at
-            events = engine.take_events()
+            events = self._memory.see(engine.take_events())
             requests = engine.take_store_requests()
         except BaseException as error:  # the process ends with it, whatever it is
             self._fail(error)

@@ -80,3 +80,7 @@ class Refusal(Exception):  # noqa: N818 - it is a value as often as it is raised
 def invalid(message: str, field: str = "") -> Refusal:
     """INVALID_INPUT, naming the offending field."""
     return Refusal(ErrorReason.ERROR_REASON_INVALID_INPUT, message, field=field)
+
+
+class StartError(Exception):
+    """The server cannot start: what is wrong and what to do, in one line."""

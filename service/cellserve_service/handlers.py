@@ -1,4 +1,4 @@
-"""Registers servicers by the contract's descriptors, and counts every call of theirs for Prometheus."""
+"""Registers servicers by the contract's descriptors, and counts every call of theirs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
 from cellserve_service.errors import invalid
-from cellserve_service.metrics import GrpcMetrics
+from cellserve_service.statistics import FrontStatistics
 from cellserve_service.status import abort
 
 Behavior = Callable[[Any, Any], Awaitable[Any]]
@@ -45,7 +45,7 @@ def add_service(
     server: grpc.aio.Server,
     service: ServiceDescriptor,
     behaviors: dict[str, Behavior],
-    metrics: GrpcMetrics,
+    statistics: FrontStatistics,
     in_flight: CallsInFlight,
 ) -> None:
     """Serve a service of the contract. behaviors: one for each method, by its name in snake case.
@@ -56,7 +56,7 @@ def add_service(
     handlers = {}
     for method in service.methods:
         behavior = behaviors[re.sub(r"(?<!^)(?=[A-Z])", "_", method.name).lower()]
-        handlers[method.name] = _handler(method, _counted(method, _decoding(method, behavior), metrics, in_flight))
+        handlers[method.name] = _handler(method, _counted(method, _decoding(method, behavior), statistics, in_flight))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
 
 
@@ -85,12 +85,15 @@ def _decoding(method: MethodDescriptor, behavior: Behavior) -> Behavior:
     return decoded
 
 
-def _counted(method: MethodDescriptor, behavior: Behavior, metrics: GrpcMetrics, in_flight: CallsInFlight) -> Behavior:
+def _counted(
+    method: MethodDescriptor, behavior: Behavior, statistics: FrontStatistics, in_flight: CallsInFlight
+) -> Behavior:
     kind = "bidi_stream" if method.client_streaming else "server_stream" if method.server_streaming else "unary"
     labels = (kind, method.containing_service.full_name, method.name)
+    counts = statistics.calls[labels]
 
     async def counted(request: Any, context: Any) -> Any:
-        metrics.started.labels(*labels).inc()
+        counts.started += 1
         begun_at = time.monotonic()
         code = grpc.StatusCode.UNKNOWN
         try:
@@ -109,7 +112,7 @@ def _counted(method: MethodDescriptor, behavior: Behavior, metrics: GrpcMetrics,
             code = grpc.StatusCode.CANCELLED
             raise asyncio.CancelledError from None
         finally:
-            metrics.handled.labels(*labels, getattr(code, "name", str(code))).inc()
-            metrics.handling_seconds.labels(*labels).observe(time.monotonic() - begun_at)
+            counts.handled[getattr(code, "name", str(code))] += 1
+            counts.handling_seconds.observe_one(time.monotonic() - begun_at)
 
     return counted

@@ -1,6 +1,6 @@
 """What passes between servicers and engine: commands in, events out; arrays and ids only.
 
-A process boundary could run here. Every command belongs to a stream (a number given by the front end) and its rows
+A process boundary can run here. Every command belongs to a stream (a number given by the front end) and its rows
 carry request numbers; every request is answered by events to that stream.
 """
 
@@ -47,6 +47,7 @@ class OpenSessions:
     attach: bool = True
     holders: U64Array | None = None  # (n,) marks of the client; 0: none
     request_id: str = ""  # of the call; a session that it created before is its own
+    request_digest: bytes = b""  # of all that was asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ class SessionTarget:
     handles: U64Array | None = None
     session_ids: Sequence[str] | None = None
     request_id: str = ""  # of the call; the session remembers the last one that changed it
+    request_digest: bytes = b""  # of all that was asked
     holder: int = 0  # the mark under which the caller holds the session
 
     def rows(self, which: slice) -> "SessionTarget":

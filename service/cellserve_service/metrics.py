@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter
-from prometheus_client import Histogram as PrometheusHistogram
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -17,36 +15,22 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from cellserve_service.core import Core
-from cellserve_service.statistics import Histogram, ModelStatistics, Statistics, seconds_bounds
+from cellserve_service.statistics import FrontStatistics, Histogram, ModelStatistics, Statistics
 
-_GRPC_LABELS = ("grpc_type", "grpc_service", "grpc_method")
-
-
-class GrpcMetrics:
-    """The usual counts of gRPC calls, under the names that public dashboards know."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.started = Counter("grpc_server_started_total", "Calls that began.", _GRPC_LABELS, registry=registry)
-        self.handled = Counter(
-            "grpc_server_handled_total",
-            "Calls that ended, by status code.",
-            (*_GRPC_LABELS, "grpc_code"),
-            registry=registry,
-        )
-        self.handling_seconds = PrometheusHistogram(
-            "grpc_server_handling_seconds",
-            "How long calls lasted.",
-            _GRPC_LABELS,
-            buckets=[*seconds_bounds().tolist(), float("inf")],
-            registry=registry,
-        )
+_PREFIX = "cellserve_"
 
 
 class ServerCollector(Collector):
-    """Sessions, steps, ticks and streams. `core` gives the engine's state once there is one."""
+    """Sessions, steps, ticks, streams and calls.
 
-    def __init__(self, statistics: Statistics, core: Callable[[], Core | None]) -> None:
+    `of_fronts` gives what the front ends have counted together, `core` the engine's state once there is one.
+    """
+
+    def __init__(
+        self, statistics: Statistics, of_fronts: Callable[[], FrontStatistics], core: Callable[[], Core | None]
+    ) -> None:
         self._statistics = statistics
+        self._of_fronts = of_fronts
         self._core = core
 
     def collect(self) -> Iterator[Metric]:
@@ -57,27 +41,15 @@ class ServerCollector(Collector):
             [(versions, 1)],
             ("version", "python", "grpcio"),
         )
-        yield from self._of_streams()
+        fronts = self._of_fronts()
+        yield from _of_streams(fronts)
+        yield from _of_calls(fronts)
         core = self._core()
         if core is not None:
-            yield from self._of_sessions(core)
-            yield from self._of_models(core)
+            yield from self._of_sessions(core, fronts)
+            yield from self._of_models(core, fronts)
 
-    def _of_streams(self) -> Iterator[Metric]:
-        statistics = self._statistics
-        yield _gauge("streams", "Open streams.", [((), statistics.streams)])
-        yield _gauge(
-            "stream_unsent_bytes",
-            "Bytes of answers that wait for slow readers.",
-            [((), statistics.stream_unsent_bytes)],
-        )
-        yield _histogram(
-            "event_loop_lag_seconds",
-            "How late the event loop ran a timer.",
-            [((), statistics.event_loop_lag)],
-        )
-
-    def _of_sessions(self, core: Core) -> Iterator[Metric]:
+    def _of_sessions(self, core: Core, fronts: FrontStatistics) -> Iterator[Metric]:
         statistics, sessions = self._statistics, core.sessions
         tiers: list[tuple[tuple[str, ...], float]] = []
         state_bytes: list[tuple[tuple[str, ...], float]] = []
@@ -105,7 +77,7 @@ class ServerCollector(Collector):
         yield _counter(
             "run_failures",
             "Requests that were refused or withdrawn.",
-            statistics.run_failures.items(),
+            (statistics.run_failures + fronts.run_failures).items(),
             ("reason",),
         )
         yield _counter(
@@ -131,7 +103,7 @@ class ServerCollector(Collector):
         fenced = 0 if keeping is None else keeping.num_fenced
         yield _counter("fenced_writes", "Writes refused because another server has the session.", [((), fenced)])
 
-    def _of_models(self, core: Core) -> Iterator[Metric]:
+    def _of_models(self, core: Core, fronts: FrontStatistics) -> Iterator[Metric]:
         names = [(served.info.name,) for served in core.served]
         models = self._statistics.models
 
@@ -163,12 +135,15 @@ class ServerCollector(Collector):
         yield _counter("unparked", "States moved back to the device.", unparked, label)
         fetched = [((served.info.name,), float(served.slots.num_fetched)) for served in core.served]
         yield _counter("fetched", "States that came back from the state store.", fetched, label)
+        durations = [((served.info.name,), fronts.step_durations[served.index]) for served in core.served]
+        yield _histogram(
+            "step_duration_seconds", "From a run's acceptance to its answer written.", durations, ("model",)
+        )
         for name, help_text, of in _MODEL_HISTOGRAMS:
             yield _histogram(name, help_text, histograms(of), label)
 
 
 _MODEL_HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelStatistics], Histogram]], ...] = (
-    ("step_duration_seconds", "From a run's acceptance to its answer written.", lambda m: m.step_duration),
     ("step_queue_seconds", "From a run's acceptance to its first tick.", lambda m: m.step_queue),
     (
         "tick_duration_seconds",
@@ -181,13 +156,41 @@ _MODEL_HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelStatistics], Histogram]]
 )
 
 
+def _of_streams(fronts: FrontStatistics) -> Iterator[Metric]:
+    yield _gauge("streams", "Open streams.", [((), fronts.streams)])
+    yield _gauge(
+        "stream_unsent_bytes",
+        "Bytes of answers that wait for slow readers.",
+        [((), fronts.stream_unsent_bytes)],
+    )
+    yield _histogram(
+        "event_loop_lag_seconds",
+        "How late the event loops ran a timer.",
+        [((), fronts.event_loop_lag)],
+    )
+
+
+def _of_calls(fronts: FrontStatistics) -> Iterator[Metric]:
+    """The usual counts of gRPC calls, under the names that public dashboards know."""
+    labels = ("grpc_type", "grpc_service", "grpc_method")
+    calls = fronts.calls.items()
+    started = [(of, float(counts.started)) for of, counts in calls]
+    yield _counter("grpc_server_started", "Calls that began.", started, labels, prefix="")
+    handled = [((*of, code), float(number)) for of, counts in calls for code, number in counts.handled.items()]
+    yield _counter(
+        "grpc_server_handled", "Calls that ended, by status code.", handled, (*labels, "grpc_code"), prefix=""
+    )
+    seconds = [(of, counts.handling_seconds) for of, counts in calls]
+    yield _histogram("grpc_server_handling_seconds", "How long calls lasted.", seconds, labels, prefix="")
+
+
 def _gauge(
     name: str,
     help_text: str,
     samples: Iterable[tuple[tuple[str, ...], float]],
     labels: Sequence[str] = (),
 ) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(f"cellserve_{name}", help_text, labels=labels)
+    family = GaugeMetricFamily(f"{_PREFIX}{name}", help_text, labels=labels)
     for values, value in samples:
         family.add_metric(values, value)
     return family
@@ -198,8 +201,9 @@ def _counter(
     help_text: str,
     samples: Iterable[tuple[tuple[str, ...] | str, float]],
     labels: Sequence[str] = (),
+    prefix: str = _PREFIX,
 ) -> CounterMetricFamily:
-    family = CounterMetricFamily(f"cellserve_{name}", help_text, labels=labels)
+    family = CounterMetricFamily(f"{prefix}{name}", help_text, labels=labels)
     for values, value in samples:
         family.add_metric((values,) if isinstance(values, str) else values, value)
     return family
@@ -210,8 +214,9 @@ def _histogram(
     help_text: str,
     samples: Iterable[tuple[tuple[str, ...], Histogram]],
     labels: Sequence[str] = (),
+    prefix: str = _PREFIX,
 ) -> HistogramMetricFamily:
-    family = HistogramMetricFamily(f"cellserve_{name}", help_text, labels=labels)
+    family = HistogramMetricFamily(f"{prefix}{name}", help_text, labels=labels)
     for values, histogram in samples:
         cumulative = np.cumsum(histogram.counts).tolist()
         bounds = [*(f"{bound:g}" for bound in histogram.bounds.tolist()), "+Inf"]

@@ -20,8 +20,8 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class ModelServicer:
     """Answers from what was loaded at the start."""
 
-    def __init__(self, models: Sequence[ModelInfo], limits: EngineLimits, *, max_message_bytes: int) -> None:
-        self._models = {model.name: _model(model) for model in sorted(models, key=lambda model: model.name)}
+    def __init__(self, models: Sequence[pb.Model], limits: EngineLimits, *, max_message_bytes: int) -> None:
+        self._models = {model.name: model for model in sorted(models, key=lambda model: model.name)}
         self._limits = pb.ServerLimits(
             max_run_tokens=limits.max_run_tokens,
             max_session_pending_tokens=limits.max_session_pending_tokens,
@@ -55,7 +55,8 @@ class ModelServicer:
         raise AssertionError("abort does not return")
 
 
-def _model(info: ModelInfo) -> pb.Model:
+def describe(info: ModelInfo) -> pb.Model:
+    """A model as the contract tells of it."""
     model = pb.Model(
         name=info.name,
         version=info.version,

@@ -101,7 +101,7 @@ class Recalling:
             if row is not None and isinstance(outcome, Claimed) and outcome.result is ClaimResult.TAKEN:
                 keeping.lose(row, MOVED)  # what came here meanwhile was another server's again by then
                 row = None
-            if self._waiting.pop((stream, request)):
+            if self._was_cancelled(command, stream, request):
                 core.refuse(stream, [request], [_CANCELLED])
             elif row is not None:
                 self._handle(command)
@@ -128,10 +128,15 @@ class Recalling:
 
     def _again(self, command: Command, stream: int, request: int) -> None:
         """The session of that id has ended meanwhile."""
-        if self._waiting.pop((stream, request)):
+        if self._was_cancelled(command, stream, request):
             self._core.refuse(stream, [request], [_CANCELLED])
         elif not self.recall(command):
             self._handle(command)
+
+    def _was_cancelled(self, command: Command, stream: int, request: int) -> bool:
+        """A call with a request id goes on when its caller goes away: a repeat may be on its way already."""
+        target = getattr(command, "target", None)
+        return self._waiting.pop((stream, request)) and not getattr(target, "request_id", "")
 
     def cancel(self, stream: int, requests: set[int] | None) -> None:
         """The callers of some requests, or all of a stream, want them no more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -18,7 +19,6 @@ from cellserve_service.decoding import decode_outputs, decode_vectors
 from cellserve_service.encoding import encode_outputs
 from cellserve_service.errors import Refusal, invalid
 from cellserve_service.generation import MAX_STOP_TOKENS, MAX_TOKENS
-from cellserve_service.idempotency import RequestMemory
 from cellserve_service.limits import EngineLimits
 from cellserve_service.messages import InitialState, SessionFacts, SessionTarget, Tier
 from cellserve_service.new_sessions import check_session_id
@@ -44,11 +44,10 @@ Answer = TypeVar("Answer", bound=Message)
 class SessionServicer:
     """Every method takes its request and answers, or ends the call with the refusal it met."""
 
-    def __init__(self, new_calls: Callable[[], UnaryCalls], memory: RequestMemory, limits: EngineLimits) -> None:
+    def __init__(self, new_calls: Callable[[], UnaryCalls], limits: EngineLimits) -> None:
         self._new_calls = new_calls
         self._calls = new_calls()
         self._generating: set[UnaryCalls] = set()
-        self._memory = memory
         self._limits = limits
 
     def fail_all(self, refusal: Refusal) -> None:
@@ -74,6 +73,7 @@ class SessionServicer:
                     all_or_none=True,
                     attach=False,
                     request_id=request.request_id,
+                    request_digest=_digest(request),
                 )
             )
             assert isinstance(opened, messages.Opened)
@@ -84,7 +84,7 @@ class SessionServicer:
                 created=opened.created.tolist(),
             )
 
-        return await self._answer(context, request, call, request.request_id)
+        return await self._answer(context, request, call)
 
     def _number_to_open(self, request: pb.OpenSessionsRequest) -> int:
         if bool(request.session_ids) == bool(request.count):
@@ -101,7 +101,7 @@ class SessionServicer:
 
     async def get_session(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
         async def call() -> pb.GetSessionResponse:
-            listed = await self._ask_of(request.session_id, messages.GetSession)
+            listed = await self._ask_of(request, messages.GetSession)
             assert isinstance(listed, messages.SessionsListed)
             return pb.GetSessionResponse(session=_session(listed.sessions[0]))
 
@@ -131,11 +131,11 @@ class SessionServicer:
 
     async def reset_session(self, request: pb.ResetSessionRequest, context: Context) -> pb.ResetSessionResponse:
         async def call() -> pb.ResetSessionResponse:
-            done = await self._ask_of(request.session_id, messages.ResetSessions, request.request_id, request.holder)
+            done = await self._ask_of(request, messages.ResetSessions)
             assert isinstance(done, messages.Done)
             return pb.ResetSessionResponse(epoch=int(done.epochs[0]))
 
-        return await self._answer(context, request, call, request.request_id)
+        return await self._answer(context, request, call)
 
     async def fork_session(self, request: pb.ForkSessionRequest, context: Context) -> pb.ForkSessionResponse:
         async def call() -> pb.ForkSessionResponse:
@@ -144,30 +144,24 @@ class SessionServicer:
                 if malformed is not None:
                     raise malformed
             forked = await self._ask_of(
-                request.session_id,
-                lambda target: messages.ForkSession(target, request.fork_session_id or None),
-                request.request_id,
+                request, lambda target: messages.ForkSession(target, request.fork_session_id or None)
             )
             assert isinstance(forked, messages.SessionForked)
             return pb.ForkSessionResponse(session_id=forked.session_id, position=forked.position, epoch=forked.epoch)
 
-        return await self._answer(context, request, call, request.request_id)
+        return await self._answer(context, request, call)
 
     async def close_session(self, request: pb.CloseSessionRequest, context: Context) -> pb.CloseSessionResponse:
         async def call() -> pb.CloseSessionResponse:
-            done = await self._ask_of(
-                request.session_id,
-                lambda target: messages.CloseSessions(target, request.evict),
-                request.request_id,
-            )
+            done = await self._ask_of(request, lambda target: messages.CloseSessions(target, request.evict))
             assert isinstance(done, messages.Done)
             return pb.CloseSessionResponse(position=int(done.positions[0]))
 
-        return await self._answer(context, request, call, request.request_id)
+        return await self._answer(context, request, call)
 
     async def export_session(self, request: pb.ExportSessionRequest, context: Context) -> pb.ExportSessionResponse:
         async def call() -> pb.ExportSessionResponse:
-            exported = await self._ask_of(request.session_id, messages.ExportSession)
+            exported = await self._ask_of(request, messages.ExportSession)
             assert isinstance(exported, messages.StateExported)
             return pb.ExportSessionResponse(state=encode_state(exported.state))
 
@@ -178,47 +172,33 @@ class SessionServicer:
             if not request.HasField("state"):
                 raise invalid("the state is missing", "state")
             state = _state(request.state)
-            done = await self._ask_of(
-                request.session_id,
-                lambda target: messages.ImportSession(target, state),
-                request.request_id,
-                request.holder,
-            )
+            done = await self._ask_of(request, lambda target: messages.ImportSession(target, state))
             assert isinstance(done, messages.Done)
             return pb.ImportSessionResponse(position=int(done.positions[0]), epoch=int(done.epochs[0]))
 
-        return await self._answer(context, request, call, request.request_id)
+        return await self._answer(context, request, call)
 
     async def checkpoint_session(
         self, request: pb.CheckpointSessionRequest, context: Context
     ) -> pb.CheckpointSessionResponse:
         async def call() -> pb.CheckpointSessionResponse:
             _check_mark_name(request.name)
-            done = await self._ask_of(
-                request.session_id,
-                lambda target: messages.CheckpointSession(target, request.name),
-                request.request_id,
-            )
+            done = await self._ask_of(request, lambda target: messages.CheckpointSession(target, request.name))
             assert isinstance(done, messages.Done)
             return pb.CheckpointSessionResponse(position=int(done.positions[0]))
 
-        return await self._answer(context, request, call, request.request_id)
+        return await self._answer(context, request, call)
 
     async def rollback_session(
         self, request: pb.RollbackSessionRequest, context: Context
     ) -> pb.RollbackSessionResponse:
         async def call() -> pb.RollbackSessionResponse:
             _check_mark_name(request.name)
-            done = await self._ask_of(
-                request.session_id,
-                lambda target: messages.RollbackSession(target, request.name),
-                request.request_id,
-                request.holder,
-            )
+            done = await self._ask_of(request, lambda target: messages.RollbackSession(target, request.name))
             assert isinstance(done, messages.Done)
             return pb.RollbackSessionResponse(position=int(done.positions[0]), epoch=int(done.epochs[0]))
 
-        return await self._answer(context, request, call, request.request_id)
+        return await self._answer(context, request, call)
 
     async def step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:
         async def call() -> pb.StepResponse:
@@ -283,34 +263,35 @@ class SessionServicer:
             self._generating.remove(calls)
             calls.close()
 
-    async def _ask_of(
-        self,
-        session_id: str,
-        command: Callable[[SessionTarget], messages.Command],
-        request_id: str = "",
-        holder: int = 0,
-    ) -> messages.Event:
-        """Ask the engine something about one session. Raises Refusal."""
-        _check_given(session_id)
+    async def _ask_of(self, request: Any, command: Callable[[SessionTarget], messages.Command]) -> messages.Event:
+        """Ask the engine something about the request's session. Raises Refusal."""
+        _check_given(request.session_id)
         return await self._calls.ask(
             lambda asked: command(
                 SessionTarget(
                     self._calls.stream,
                     np.array([asked], np.uint64),
-                    session_ids=[session_id],
-                    request_id=request_id,
-                    holder=holder,
+                    session_ids=[request.session_id],
+                    request_id=getattr(request, "request_id", ""),
+                    request_digest=_digest(request),
+                    holder=getattr(request, "holder", 0),
                 )
             )
         )
 
-    async def _answer(
-        self, context: Context, request: Message, call: Callable[[], Awaitable[Answer]], request_id: str = ""
-    ) -> Answer:
+    async def _answer(self, context: Context, request: Message, call: Callable[[], Awaitable[Answer]]) -> Answer:
         try:
-            return await self._memory.once(request_id, request, call)
+            return await call()
         except Refusal as refusal:
             await abort(context, refusal, request)
+
+
+def _digest(request: Any) -> bytes:
+    """What tells a repeat from another call under the same request id."""
+    if not getattr(request, "request_id", ""):
+        return b""
+    asked = type(request).__name__.encode() + request.SerializeToString(deterministic=True)
+    return hashlib.sha256(asked).digest()
 
 
 def _check_given(session_id: str) -> None:

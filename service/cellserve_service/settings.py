@@ -48,6 +48,9 @@ class Settings(BaseSettings):
 
     config: Path | None = Field(None, description="A TOML file with settings, named as here with underscores.")
     listen: Address = Field("127.0.0.1:50051", description="Where gRPC is served.")
+    workers: int = Field(
+        1, ge=1, le=256, description="Processes that speak gRPC: 1 is the engine's own, several are beside it."
+    )
     metrics_listen: Address = Field("127.0.0.1:9464", description="Where Prometheus metrics are served.")
     models: Path | None = Field(
         None,

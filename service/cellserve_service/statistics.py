@@ -1,7 +1,7 @@
 """What the engine and the servicers count, as data; metrics.py exports it."""
 
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -36,6 +36,11 @@ class Histogram:
         self.counts[bisect_left(self._bounds, value)] += 1
         self.total += value
 
+    def add(self, other: "Histogram") -> None:
+        """Count what another one has counted, whose bounds are the same."""
+        self.counts = self.counts + other.counts
+        self.total += other.total
+
 
 class TickResult(Protocol):
     """What every tick's result tells of its cost."""
@@ -58,7 +63,6 @@ class ModelStatistics:
     steps_generated: int = 0
     sessions_opened: int = 0
     padding_rows: int = 0
-    step_duration: Histogram = field(default_factory=_durations)
     step_queue: Histogram = field(default_factory=_durations)
     tick_duration: Histogram = field(default_factory=_durations)
     tick_compute: Histogram = field(default_factory=_durations)
@@ -76,7 +80,7 @@ class ModelStatistics:
 
 @dataclass(slots=True)
 class Statistics:
-    """Counts of the whole server. Written by the engine's thread and the event loop, each its own fields."""
+    """Counts of the engine and its store."""
 
     models: list[ModelStatistics] = field(default_factory=list)
     sessions_closed: Counter[str] = field(default_factory=Counter)
@@ -86,12 +90,54 @@ class Statistics:
     session_lifetime: Histogram = field(
         default_factory=lambda: Histogram(seconds_bounds(first=0.01, last=1e6, ratio=2.0))
     )
-    streams: int = 0
-    stream_unsent_bytes: int = 0
-    event_loop_lag: Histogram = field(default_factory=_durations)
     checkpoint_duration: Histogram = field(default_factory=_durations)
     store_errors: int = 0
 
     def count_failures(self, refusals: Iterable[Refusal]) -> None:
         for refusal in refusals:
             self.run_failures[reason_name(refusal.reason)] += 1
+
+
+@dataclass(slots=True)
+class CallCounts:
+    """Counts of one method's calls."""
+
+    started: int = 0
+    handled: Counter[str] = field(default_factory=Counter)  # by status code
+    handling_seconds: Histogram = field(default_factory=_durations)
+
+    def add(self, other: "CallCounts") -> None:
+        self.started += other.started
+        self.handled = self.handled + other.handled
+        self.handling_seconds.add(other.handling_seconds)
+
+
+# What kind of call, service, method.
+CallLabels = tuple[str, str, str]
+
+
+@dataclass(slots=True)
+class FrontStatistics:
+    """Counts of one front end, or of several together."""
+
+    streams: int = 0
+    stream_unsent_bytes: int = 0
+    event_loop_lag: Histogram = field(default_factory=_durations)
+    run_failures: Counter[str] = field(default_factory=Counter)
+    step_durations: dict[int, Histogram] = field(default_factory=lambda: defaultdict(_durations))  # by model
+    calls: dict[CallLabels, CallCounts] = field(default_factory=lambda: defaultdict(CallCounts))
+
+    def count_failures(self, refusals: Iterable[Refusal]) -> None:
+        for refusal in refusals:
+            self.run_failures[reason_name(refusal.reason)] += 1
+
+    def add(self, other: "FrontStatistics") -> None:
+        """Count what another one has counted; it may be counting on meanwhile."""
+        self.streams += other.streams
+        self.stream_unsent_bytes += other.stream_unsent_bytes
+        self.event_loop_lag.add(other.event_loop_lag)
+        self.run_failures = self.run_failures + other.run_failures
+        for model, durations in list(other.step_durations.items()):
+            self.step_durations[model].add(durations)
+        for labels, counts in list(other.calls.items()):
+            self.calls[labels].add(counts)

@@ -22,17 +22,15 @@ from cellserve_service.messages import (
     CloseSessions,
     DetachSessions,
     Done,
-    EndStream,
     Event,
     Failures,
     Opened,
     OpenSessions,
     ResetSessions,
     SetStreamPaused,
-    StartStream,
     SubmitRuns,
 )
-from cellserve_service.statistics import Statistics
+from cellserve_service.statistics import FrontStatistics
 from cellserve_service.status import abort
 
 StreamContext: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
@@ -44,7 +42,7 @@ class StreamServicer:
     def __init__(
         self,
         front: Front,
-        statistics: Statistics,
+        statistics: FrontStatistics,
         *,
         max_open_sessions: int,
         max_answer_bytes: int,
@@ -99,7 +97,7 @@ class _StreamCall:
         self,
         context: StreamContext,
         front: Front,
-        statistics: Statistics,
+        statistics: FrontStatistics,
         max_unsent_bytes: int,
         clock: Callable[[], float],
     ) -> None:
@@ -118,7 +116,6 @@ class _StreamCall:
         self._read_all = False
         self._finishing = False
         self.stream = front.register(self)
-        front.post(StartStream(self.stream))
 
     def receive(self, event: Event) -> None:
         """Queue an event for writing."""
@@ -140,7 +137,7 @@ class _StreamCall:
     async def read(self, max_open_sessions: int) -> None:
         """Read frames until the client has no more.
 
-        Nothing is read while the client leaves its answers unread.
+        Nothing is read while the client leaves its answers unread, or the engine what was read before.
         """
         while True:
             frame: object = await self._context.read()
@@ -156,6 +153,7 @@ class _StreamCall:
                     self._unanswered += _num_requests(command)
                 self._front.post(command)
             await self._writable.wait()
+            await self._front.flows.wait()
         self._read_all = True
         if not self._unanswered:
             self.finish()
@@ -175,7 +173,6 @@ class _StreamCall:
 
     def close(self) -> None:
         self._front.forget(self.stream)
-        self._front.post(EndStream(self.stream))
         self._statistics.stream_unsent_bytes -= self._unsent_bytes
 
     def _written(self, events: list[Event], num_bytes: int) -> None:
@@ -185,7 +182,7 @@ class _StreamCall:
                 complete = event.remaining == 0
                 self._unanswered -= int(np.count_nonzero(complete))
                 durations = now - event.accepted_at[complete]
-                self._statistics.models[event.model].step_duration.observe(durations)
+                self._statistics.step_durations[event.model].observe(durations)
             elif isinstance(event, Failures | Opened | Done):
                 self._unanswered -= len(event.requests)
         self._unsent_bytes -= num_bytes

@@ -13,13 +13,14 @@ from cellserve_service.messages import (
     Answers,
     CancelRuns,
     Command,
+    Draining,
     Event,
     Failures,
     Generated,
     Opened,
     SetStreamPaused,
 )
-from cellserve_service.statistics import Statistics
+from cellserve_service.statistics import FrontStatistics
 
 Answer = Event | Refusal
 
@@ -37,7 +38,7 @@ class UnaryCalls:
     def __init__(
         self,
         front: Front,
-        statistics: Statistics,
+        statistics: FrontStatistics,
         *,
         max_unsent_bytes: int,
         clock: Callable[[], float] = time.monotonic,
@@ -54,13 +55,15 @@ class UnaryCalls:
 
     def receive(self, event: Event) -> None:
         """Hand an event to the calls that it answers."""
+        if isinstance(event, Draining):
+            return  # the calls that come will be refused; those that are under way are finished
         if isinstance(event, Failures):
             for request, refusal in zip(event.requests.tolist(), event.refusals, strict=True):
                 self._give(request, refusal)
         elif isinstance(event, Answers):
             # Several calls may have been answered by one tick; each takes its own rows.
             durations = self._clock() - event.accepted_at[event.remaining == 0]
-            self._statistics.models[event.model].step_duration.observe(durations)
+            self._statistics.step_durations[event.model].observe(durations)
             for row, request in enumerate(event.requests.tolist()):
                 self._give(request, event.rows(row, row + 1))
         elif isinstance(event, Opened):
@@ -110,8 +113,6 @@ class UnaryCalls:
     def close(self) -> None:
         """No more calls come."""
         self._front.forget(self.stream)
-        if self._rests:
-            self._front.post(SetStreamPaused(self.stream, paused=False))
 
     def _give(self, request: int, answer: Answer) -> None:
         waiting = self._waiting.get(request)

@@ -63,6 +63,12 @@ def test_only_the_composition_root_of_the_service_imports_the_model_package() ->
     assert len(importers("cellserve_service", "cellserve_model")) == 1
 
 
+@pytest.mark.parametrize("module", ["torch", "cellserve_model", "cellserve_service.engine"])
+def test_a_front_end_process_loads_neither_model_nor_engine(module: str) -> None:
+    code = f"import sys, cellserve_service.worker; sys.exit({module!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_the_client_package_imports_neither_of_the_others() -> None:
     assert not importers("cellserve", "cellserve_service", "cellserve_model")
 

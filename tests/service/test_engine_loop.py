@@ -8,6 +8,7 @@ from cellserve.v1.stream_pb2 import Durability, OpenMode
 from cellserve_service import messages
 from cellserve_service.engine import Engine
 from cellserve_service.engine_loop import EngineLoop
+from cellserve_service.idempotency import RequestMemory
 from cellserve_service.limits import EngineLimits
 from cellserve_service.messages import Event
 from cellserve_service.outputs import NO_OUTPUTS
@@ -26,7 +27,13 @@ class _Owner:
         self.num_clock_calls = 0
         limits = EngineLimits(max_sessions=8, max_slice_tokens=2)
         engine = Engine([self.stepper], limits, Statistics())
-        self.loop = EngineLoop(engine, deliver=self._deliver, failed=self.failures.append, clock=self._clock)
+        self.loop = EngineLoop(
+            engine,
+            memory=RequestMemory(60.0),
+            deliver=self._deliver,
+            failed=self.failures.append,
+            clock=self._clock,
+        )
 
     def open(self) -> None:
         requests = np.array([1], np.uint64)

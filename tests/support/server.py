@@ -15,6 +15,8 @@ from typing import Protocol
 
 START_SECONDS = 60.0
 STOP_SECONDS = 45.0
+# How many front-end processes a server has in tests that do not say so themselves: `make test-workers`.
+WORKERS = int(os.environ.get("CELLSERVE_TEST_WORKERS", "1"))
 
 
 def free_port() -> int:
@@ -69,6 +71,7 @@ class ServerProcess:
             "listen": self.target,
             "metrics_listen": f"127.0.0.1:{self.metrics_port}",
             "num_threads": 1,
+            "workers": WORKERS,
             **({} if self.models is None else {"models": str(self.models)}),
             **self.settings,
         }
