@@ -16,6 +16,7 @@ TARGETS = [
     "bench",
     "system-deps",
     "test-gpu",
+    "test-workers",
     "chaos",
     "image",
 ]
