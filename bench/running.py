@@ -68,7 +68,7 @@ class Bench:
     def server(self, *options: str, module: str = "cellserve_service") -> ServerProcess:
         """A server of its own process that serves the models asked for so far; a context manager."""
         log = self.directory / f"server-{next(self._logs)}.log"
-        return ServerProcess(log, [f"--models={self._models}", *options, *self.server_options], module=module)
+        return ServerProcess(log, [f"--models={self._models}", *options, *self.server_options], ("-m", module))
 
     def null_server(self, *options: str) -> ServerProcess:
         """The same with a model that computes nothing."""

@@ -28,18 +28,19 @@ class ServerError(Exception):
 class ServerProcess:
     """A context manager: inside it a server runs and is healthy.
 
-    log: the file for what the server says. arguments: further ones of its command line. module: what python -m runs.
+    log: the file for what the server says. arguments: further ones of its command line. program: what Python runs.
     """
 
-    def __init__(self, log: Path, arguments: Sequence[str] = (), *, module: str = "cellserve_service") -> None:
+    def __init__(
+        self, log: Path, arguments: Sequence[str] = (), program: Sequence[str] = ("-m", "cellserve_service")
+    ) -> None:
         port, metrics_port = _free_ports(2)
         self.target = f"127.0.0.1:{port}"
         self.metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
         self._log = log
         self._command = [
             sys.executable,
-            "-m",
-            module,
+            *program,
             f"--listen={self.target}",
             f"--metrics-listen=127.0.0.1:{metrics_port}",
             *arguments,

@@ -143,14 +143,18 @@ class Workers:
         while True:
             began_at = time.monotonic()
             await worker.is_gone.wait()
-            worker.kill()
             self._bury(worker)
             log.error("worker_died", worker=worker.number, status=await worker.process.wait())
             if time.monotonic() - began_at > SOUND_SECONDS:
                 pause = FIRST_PAUSE_SECONDS
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-            worker = await self._start()
+            while True:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+                try:
+                    worker = await self._start()
+                    break
+                except OSError as error:  # no memory, no more processes
+                    log.error("worker_did_not_start", reason=str(error))
             refusal = await self._begin(worker)
             if refusal is None:
                 log.info("worker_started", worker=worker.number)
@@ -159,6 +163,7 @@ class Workers:
                 worker.kill()
 
     def _bury(self, worker: WorkerProcess) -> None:
+        worker.kill()  # if all that it has lost is its link
         worker.end_streams()
         del self._workers[worker.number]
         counted = worker.counted

@@ -1,6 +1,7 @@
 """Many steps at once: in the order asked, each session for itself, through failures and withdrawals."""
 
 import asyncio
+import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from cellserve import AsyncClient, Client, StepResult
 from cellserve.errors import InvalidInput, PositionGap, SessionBusy, StepManyFailed, TimedOut
 from tests.support.oracle import Oracle
+from tests.support.processes import children
 from tests.support.server import ServerProcess
 
 
@@ -26,11 +28,14 @@ async def client(server: ServerProcess) -> AsyncIterator[AsyncClient]:
 def halted(server: ServerProcess) -> Iterator[None]:
     """The server does not move: what is sent to it stays on its way."""
     assert server.process is not None
-    server.process.send_signal(signal.SIGSTOP)
+    pids = [server.process.pid, *children(server.process.pid)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
     try:
         yield
     finally:
-        server.process.send_signal(signal.SIGCONT)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 def final_state(result: StepResult) -> NDArray[np.float32]:

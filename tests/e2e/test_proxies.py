@@ -25,6 +25,7 @@ from cellserve.v1.session_service_pb2 import (
 )
 from cellserve.v1.session_service_pb2_grpc import SessionServiceStub
 from cellserve.v1.stream_pb2 import Command, OpenCommand, OpenMode, RunCommand, StreamRequest, StreamResponse
+from cellserve_service.health_check import check
 from tests.support.models import write_tiny_model
 from tests.support.proxies import PROXIES, Proxy, ProxyProcess
 from tests.support.server import ServerProcess, free_port
@@ -287,6 +288,8 @@ async def test_a_draining_replica_keeps_its_streams_and_gets_no_new_ones(
 
     async with generating(draining) as finish:
         draining.terminate()
+        while await asyncio.to_thread(check, draining.target):
+            pass  # it has not noticed yet
         again = await asyncio.gather(*(reopened(channel, session_id) for session_id in moving))
         assert await sessions_of(other) >= set(ids)
         assert await asyncio.gather(*(stream.step() for stream in again)) == [1] * len(moving)

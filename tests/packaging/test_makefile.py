@@ -17,6 +17,7 @@ TARGETS = [
     "bench-gpu",
     "system-deps",
     "test-gpu",
+    "test-workers",
     "chaos",
     "image",
 ]
