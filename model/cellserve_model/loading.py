@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from cellserve_model.devices import choose_device
 from cellserve_model.files import ModelFiles, read_model
@@ -36,7 +37,8 @@ def load_stepper(
     device: auto, cpu, cuda or cuda:N. num_slots: sessions whose states fit on the device. max_batch: by
     default 128 on a CPU and 4,096 on a GPU. deterministic: a session's results are the same to the last bit
     whatever shares its batches; on a CPU this takes one thread. num_threads: of torch on a CPU, by default as
-    torch has it; call from the thread that will drive the stepper. Raises ConfigError, ModelFileError and
+    torch has it; call from the thread that will drive the stepper. numpy's products take one thread from then on, in
+    the whole process. Raises ConfigError, ModelFileError and
     DeviceError.
     """
     chosen = choose_device(device)
@@ -46,6 +48,9 @@ def load_stepper(
         num_threads = 1  # how a product is split over threads depends on its rows
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+    if chosen.type == "cpu":
+        # numpy's own: its threads wake for every product of a lone row, and cost more than they save.
+        threadpool_limits(1, user_api="blas")
     files = read_model(directory)
     if max_batch is None:
         max_batch = _MAX_BATCH_CPU if chosen.type == "cpu" else _MAX_BATCH_GPU
