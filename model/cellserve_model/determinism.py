@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from cellserve_model.products import LARGE_BYTES, Weight, bind_add, bind_biased, can_pack, packed, plain
+from cellserve_model.products import LARGE_BYTES, Weight, bind_add, bind_biased, can_pack, packed
 
 __all__ = ["WIDTH_MULTIPLE", "Blocking", "choose_blocking"]
 
@@ -47,13 +47,13 @@ def choose_blocking(weights: Sequence[Tensor]) -> Blocking:
             block = _largest_consistent_block([_pack(weight) for weight in by_shape.values()], multiple)
             if block is not None:
                 return Blocking(multiple, block, _pack)
-    block = _largest_consistent_block([plain(weight) for weight in by_shape.values()], _PLAIN_MULTIPLE)
+    block = _largest_consistent_block([Weight(weight) for weight in by_shape.values()], _PLAIN_MULTIPLE)
     # With blocks of one size there is nothing to differ from.
-    return Blocking(_PLAIN_MULTIPLE, _PLAIN_MULTIPLE if block is None else block, plain)
+    return Blocking(_PLAIN_MULTIPLE, _PLAIN_MULTIPLE if block is None else block, Weight)
 
 
 def _pack(weight: Tensor) -> Weight:
-    return packed(weight, 1, lone_by_numpy=False)
+    return packed(weight, 1)
 
 
 def _largest_consistent_block(weights: Sequence[Weight], multiple: int) -> int | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -150,46 +151,59 @@ def _pad_blocks(weight: Tensor, num_blocks: int, rows: int, columns: int) -> Ten
     return padded.flatten(0, 1)
 
 
+def _tanh(source: Tensor, out: Tensor) -> Tensor:
+    """The hyperbolic tangent; `source` may be `out`."""
+    if source.is_cuda:
+        return torch.tanh(source, out=out)
+    # On a CPU numpy's takes a sixth of the time of torch's, and is right to 1.4 units in the last place.
+    np.tanh(source.numpy(), out=out.numpy())
+    return out
+
+
 def _vanilla_rnn(layer: PreparedLayer, views: LayerViews) -> None:
-    torch.tanh(views.add[0]()[0], out=views.new_hidden)
+    _tanh(views.add[0]()[0], out=views.new_hidden)
 
 
 def _leaky_rnn(layer: PreparedLayer, views: LayerViews) -> None:
     assert layer.leak is not None
-    candidate = views.add[0]()[0].tanh_()
+    candidate = _tanh(views.add[0]()[0], out=views.blocks[0])
     torch.lerp(candidate, views.new_hidden, layer.leak, out=views.new_hidden)
 
 
 def _simplified_gru(layer: PreparedLayer, views: LayerViews) -> None:
+    forget, candidate = views.blocks
     forget_sum, candidate_sum = views.add[0]()
-    forget = torch.sigmoid(forget_sum, out=views.blocks[0])
-    torch.lerp(candidate_sum.tanh_(), views.new_hidden, forget, out=views.new_hidden)
+    torch.sigmoid(forget_sum, out=forget)
+    _tanh(candidate_sum, out=candidate)
+    torch.lerp(candidate, views.new_hidden, forget, out=views.new_hidden)
 
 
 def _gru(layer: PreparedLayer, views: LayerViews) -> None:
-    update, reset, _ = views.blocks
+    update, reset, candidate = views.blocks
     torch.sigmoid(views.add[0]()[0], out=views.gates)
     # The reset gate acts before the product, as in Cho et al. (2014).
     torch.mul(reset, views.new_hidden, out=views.scratch)
-    candidate = views.add[1]()[0].tanh_()
+    _tanh(views.add[1]()[0], out=candidate)
     torch.lerp(candidate, views.new_hidden, update, out=views.new_hidden)
 
 
 def _gru_reset_after(layer: PreparedLayer, views: LayerViews) -> None:
     update, reset, candidate = views.blocks
     torch.sigmoid(views.add[0]()[0], out=views.gates)
-    candidate.addcmul_(reset, views.add[1]()[0]).tanh_()
+    candidate.addcmul_(reset, views.add[1]()[0])
+    _tanh(candidate, out=candidate)
     torch.lerp(candidate, views.new_hidden, update, out=views.new_hidden)
 
 
 def _lstm(layer: PreparedLayer, views: LayerViews) -> None:
     assert views.memory is not None
+    enter, forget, candidate, output = views.blocks
     gate_sums, candidate_sum, output_sum = views.add[0]()
-    enter, forget, _, output = views.blocks
     torch.sigmoid(gate_sums, out=views.gates)
     torch.sigmoid(output_sum, out=output)
-    views.memory.mul_(forget).addcmul_(enter, candidate_sum.tanh_())
-    torch.tanh(views.memory, out=views.new_hidden).mul_(output)
+    _tanh(candidate_sum, out=candidate)
+    views.memory.mul_(forget).addcmul_(enter, candidate)
+    _tanh(views.memory, out=views.new_hidden).mul_(output)
 
 
 # Two products for gru because the second needs the first, for gru_reset_after because its sums must stay apart.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from cellserve_model.devices import choose_device
 from cellserve_model.errors import DeviceError
@@ -39,9 +40,9 @@ def load_stepper(
     device: auto, cpu, cuda or cuda:N. num_slots: sessions whose states fit on the device. max_batch: by
     default 128 on a CPU and 4,096 on a GPU. deterministic: a session's results are the same to the last bit
     whatever shares its batches; on a CPU this takes one thread. num_threads: of torch on a CPU, by default as
-    torch has it; call from the thread that will drive the stepper. weight_dtype: on a GPU bfloat16, the default,
-    or float32, which is many times slower in large batches; states and sums are float32 with both. Raises
-    ConfigError, ModelFileError and DeviceError.
+    torch has it; call from the thread that will drive the stepper; numpy's products take one thread from then on, in
+    the whole process. weight_dtype: on a GPU bfloat16, the default, or float32, which is many times slower in large
+    batches; states and sums are float32 with both. Raises ConfigError, ModelFileError and DeviceError.
     """
     chosen = choose_device(device)
     if chosen.type == "cuda":
@@ -54,6 +55,9 @@ def load_stepper(
         num_threads = 1  # how a product is split over threads depends on its rows
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+    if chosen.type == "cpu":
+        # numpy's own: its threads wake for every product of a lone row, and cost more than they save.
+        threadpool_limits(1, user_api="blas")
     files = read_model(directory)
     max_batch = max_batch or _MAX_BATCH_CPU
     with torch.inference_mode():

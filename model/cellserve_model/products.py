@@ -1,9 +1,9 @@
 """Multiplies rows by a weight, with the library that is the fastest for the shape of the product.
 
-On a CPU there are three, compared in bench/NOTES.md: MKL, by torch's addmm, for small weights; oneDNN, with
-the weight packed once at load, from two rows on where a weight is too large for a core's own cache (MKL packs
-it anew for every product); OpenBLAS, by numpy's dot, for a single row, which it reads the weight for at the
-speed of the memory. A product is bound once to the buffers that it works on and then called at every step.
+On a CPU there are two, compared in bench/NOTES.md: MKL, by torch's addmm, for small weights, and oneDNN, with
+the weight packed once at load, from two rows on where a weight is too large for a core's own cache: MKL packs
+it anew for every product. (A single row has a way of its own, in lone.py.) A product is bound once to the
+buffers that it works on and then called at every step.
 Symbols: B rows, B' rows of a product with its padding, K and N sizes of a weight.
 """
 
@@ -14,11 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["LARGE_BYTES", "Weight", "bind_add", "bind_biased", "can_pack", "fastest", "packed", "plain"]
+__all__ = ["LARGE_BYTES", "Weight", "bind_add", "bind_biased", "can_pack", "fastest", "packed"]
 
 # About a core's second-level cache; packing pays from here on.
 LARGE_BYTES: Final = 2**20
@@ -31,13 +30,11 @@ class Weight:
     """A weight (K, N) as the libraries read it.
 
     packed: oneDNN's form of it, None where it is not used. packed_from: the fewest rows to use it for.
-    lone_by_numpy: whether numpy multiplies a single row.
     """
 
     plain: Tensor
-    packed: Tensor | None
-    packed_from: int
-    lone_by_numpy: bool
+    packed: Tensor | None = None
+    packed_from: int = 0
 
 
 def can_pack() -> bool:
@@ -49,24 +46,17 @@ def can_pack() -> bool:
     )
 
 
-def plain(weight: Tensor) -> Weight:
-    """A weight (K, N) for torch's own product whatever the rows."""
-    return Weight(weight, None, 0, lone_by_numpy=False)
-
-
-def packed(weight: Tensor, packed_from: int, *, lone_by_numpy: bool) -> Weight:
+def packed(weight: Tensor, packed_from: int) -> Weight:
     """A weight (K, N) on the CPU, packed for products of at least `packed_from` rows; needs can_pack()."""
     form = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), _PACKED_FOR_ROWS)
-    return Weight(weight, form, packed_from, lone_by_numpy=lone_by_numpy)
+    return Weight(weight, form, packed_from)
 
 
 def fastest(weight: Tensor) -> Weight:
     """A weight (K, N) on any device for the fastest product at any number of rows."""
-    if weight.device.type != "cpu":
-        return plain(weight)
-    if weight.nbytes >= LARGE_BYTES and can_pack():
-        return packed(weight, 2, lone_by_numpy=True)
-    return Weight(weight, None, 0, lone_by_numpy=True)
+    if weight.device.type == "cpu" and weight.nbytes >= LARGE_BYTES and can_pack():
+        return packed(weight, 2)
+    return Weight(weight)
 
 
 def bind_add(
@@ -89,16 +79,6 @@ def bind_add(
             return (result,) if is_whole else torch.split(result, sizes, dim=1)
 
         return add_packed
-    if weight.lone_by_numpy and len(rows) == 1:
-        row, array, target = rows[0].numpy(), matrix.numpy(), sums[0].numpy()
-        product = np.empty_like(target)
-
-        def add_lone() -> Sequence[Tensor]:
-            np.dot(row, array, out=product)
-            np.add(target, product, out=target)
-            return own_parts
-
-        return add_lone
 
     def add() -> Sequence[Tensor]:
         sums.addmm_(rows, matrix)
@@ -123,15 +103,6 @@ def bind_biased(weight: Weight, bias: Tensor, rows: Tensor, out: Tensor, num_row
             return result[:num_rows] if is_padded else result
 
         return multiply_packed
-    if weight.lone_by_numpy and len(rows) == 1:
-        row, array, target, addend = rows[0].numpy(), matrix.numpy(), out[0].numpy(), bias.numpy()
-
-        def multiply_lone() -> Tensor:
-            np.dot(row, array, out=target)
-            np.add(target, addend, out=target)
-            return own
-
-        return multiply_lone
 
     def multiply() -> Tensor:
         torch.addmm(bias, rows, matrix, out=out)

@@ -41,6 +41,7 @@ class Slab:
             raise DeviceError(
                 f"{num_slots} slots need {gibibytes:.1f} GiB on {device}, which are not free; use fewer slots"
             ) from error
+        self._array = self.rows.numpy() if device.type == "cpu" else None
 
     def gather(self, slots: Tensor, out: Tensor) -> None:
         """Copy the rows of `slots` (B,) int64 to `out` (B, L * S'), on the device."""
@@ -48,8 +49,8 @@ class Slab:
 
     def scatter(self, slots: Tensor, states: Tensor) -> None:
         """Copy `states` (B, L * S') to the rows of `slots` (B,) int64, on the device; slot 0 may come repeatedly."""
-        if self.rows.device.type == "cpu":
-            self.rows.numpy()[slots.numpy()] = states.numpy()  # three times as fast as torch's own
+        if self._array is not None:
+            self._array[slots.numpy()] = states.numpy()  # three times as fast as torch's own
         else:
             self.rows.index_copy_(0, slots, states)
 

@@ -6,6 +6,7 @@ S' = H' or 2H' numbers of a state, I input size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from cellserve_model.kernels import (
     prepare_head,
     prepare_layers,
 )
+from cellserve_model.lone import bind_lone
 from cellserve_model.products import Weight, bind_add, bind_biased, fastest
 
 __all__ = ["RowViews", "SteppingNetwork"]
@@ -37,7 +39,7 @@ class RowViews:
     states: Tensor
     products: Tensor  # (B, G*H')
     layers: list[LayerViews]  # all rows
-    parts: list[list[LayerViews]]  # for each layer the rows of each product, in blocks
+    advance: list[list[Callable[[], None]]]  # for each layer, the functions that advance its rows, block by block
     input_rows: Tensor | None  # (B, I)
     top_hidden: Tensor  # (B, H'), h of the top layer
     padded_top_hidden: Tensor  # (B', H')
@@ -109,8 +111,8 @@ class SteppingNetwork:
         for number, layer in enumerate(self.layers):
             if layer.table is not None:
                 torch.index_select(layer.table, 0, inputs, out=views.products)
-            for part in views.parts[number]:
-                advance_layer(self.config.cell, layer, part)
+            for advance in views.advance[number]:
+                advance()
             if after_layer is not None:
                 after_layer(number, views.layers[number])
 
@@ -150,22 +152,34 @@ class SteppingNetwork:
 
     def _make_views(self, num_rows: int) -> RowViews:
         layers = [self._layer_views(number, 0, num_rows) for number in range(self.config.num_layers)]
-        parts = [
-            [
-                self._layer_views(number, first, min(self._block_rows, num_rows - first))
-                for first in range(0, num_rows, self._block_rows)
-            ]
-            for number in range(self.config.num_layers)
-        ]
+        advance = [self._bind_advance(number, num_rows) for number in range(self.config.num_layers)]
         return RowViews(
             states=self._states[:num_rows].flatten(1),
             products=self._products[:num_rows],
             layers=layers,
-            parts=parts,
+            advance=advance,
             input_rows=None if self._inputs is None else self._inputs[:num_rows, : self.config.input_size],
             top_hidden=layers[-1].new_hidden,
             padded_top_hidden=self._states[: self.padded_rows(num_rows), -1, : self.width],
         )
+
+    def _bind_advance(self, number: int, num_rows: int) -> list[Callable[[], None]]:
+        cell, layer = self.config.cell, self.layers[number]
+        if num_rows == 1 and self.device.type == "cpu" and not self.deterministic:
+            below = None if layer.table is not None else self._below(number)[:1]
+            return [bind_lone(cell, layer, self._layer_views(number, 0, 1), self._products[:1], below)]
+        return [
+            functools.partial(
+                advance_layer, cell, layer, self._layer_views(number, first, min(self._block_rows, num_rows - first))
+            )
+            for first in range(0, num_rows, self._block_rows)
+        ]
+
+    def _below(self, number: int) -> Tensor:
+        """What a layer without a table is given, for all rows."""
+        below = self._inputs if number == 0 else self._states[:, number - 1, : self.width]
+        assert below is not None
+        return below
 
     def _layer_views(self, number: int, first: int, num_rows: int) -> LayerViews:
         width, padded = self.width, slice(first, first + self.padded_rows(num_rows))
@@ -185,11 +199,9 @@ class SteppingNetwork:
         weight, bias = self._input[number], self.layers[number].bias
         if weight is None or bias is None:
             return None
-        below = self._inputs if number == 0 else self._states[:, number - 1, : self.width]
-        assert below is not None
         out = self._products[padded]
         own = out[:num_rows]
-        multiply = bind_biased(weight, bias, below[padded], out, num_rows)
+        multiply = bind_biased(weight, bias, self._below(number)[padded], out, num_rows)
 
         def fill() -> None:
             result = multiply()
