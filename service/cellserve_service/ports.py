@@ -27,9 +27,9 @@ class Reservation:
     Processes of ours can listen there with SO_REUSEPORT; nobody can without, nor reserve it.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, wait_seconds: float = WAIT_SECONDS) -> None:
         host, _, port = address.rpartition(":")
-        give_up_at = time.monotonic() + WAIT_SECONDS
+        give_up_at = time.monotonic() + wait_seconds
         while True:
             try:
                 self._sockets = _reserve(host.strip("[]"), int(port) or _free_port(host.strip("[]")))
@@ -40,6 +40,11 @@ class Reservation:
                 time.sleep(PAUSE_SECONDS)
         self.port: int = self._sockets[0].getsockname()[1]
         self.address = f"{host}:{self.port}"
+
+    def close(self) -> None:
+        """Give the address up."""
+        for reserved in self._sockets:
+            reserved.close()
 
 
 def _places(host: str) -> list[tuple[int, str]]:

@@ -112,6 +112,7 @@ class Workers:
         for worker in self._workers.values():
             worker.kill()
             await worker.process.wait()
+        self._reservation.close()
 
     async def _end(self, message: Stop | Fail, patience_seconds: float) -> bool:
         for task in self._tasks:
