@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -79,9 +80,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="of a sample (default 2)")
     parser.add_argument("--cores", type=int, default=2, metavar="N", help="for all processes together (default 2)")
     parser.add_argument("--workers", type=int, nargs="*", default=[2], metavar="N", help="besides one (default 2)")
+    parser.add_argument("--only", metavar="WORDS", default="", help="loads with these words in their name")
     options = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(f"{len(os.sched_getaffinity(0))} cores; load {os.getloadavg()[0]:.2f}")
     asyncio.run(_run(console, options))
 
@@ -112,6 +114,8 @@ async def _run(console: Console, options: argparse.Namespace) -> None:
             ("256 streams, H=128", "gru128", _NUM_SESSIONS, _streams),
             ("a lone session, H=128", "gru128", 1, _coroutines),
         ):
+            if options.only not in name:
+                continue
             async with AsyncExitStack() as connected:
                 loads = [
                     await make(connected, contender.server.target, model, num_sessions) for contender in contenders
@@ -191,7 +195,7 @@ def _print(console: Console, name: str, contenders: Sequence[Contender]) -> None
         "quartiles",
         "p50 ms",
         "CPU us a token",
-        "of that the engine's process",
+        "engine's part",
     )
     for column in columns:
         table.add_column(column, justify="left" if column == "front end" else "right")

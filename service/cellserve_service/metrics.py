@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 
@@ -74,10 +75,12 @@ class ServerCollector(Collector):
             "Age of sessions when they ended.",
             [((), statistics.session_lifetime)],
         )
+        run_failures = Counter(dict(statistics.run_failures))
+        run_failures.update(fronts.run_failures)
         yield _counter(
             "run_failures",
             "Requests that were refused or withdrawn.",
-            (statistics.run_failures + fronts.run_failures).items(),
+            run_failures.items(),
             ("reason",),
         )
         yield _counter(

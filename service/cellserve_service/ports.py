@@ -6,10 +6,13 @@ a second server must not.
 
 import errno
 import socket
+import time
 
 from cellserve_service.errors import StartError
 
-_TRIES = 10
+# The workers of a server that has crashed are gone within a moment, and its successor may come sooner.
+WAIT_SECONDS = 2.0
+PAUSE_SECONDS = 0.05
 
 
 def cannot_listen(address: str) -> StartError:
@@ -24,17 +27,24 @@ class Reservation:
     Processes of ours can listen there with SO_REUSEPORT; nobody can without, nor reserve it.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, wait_seconds: float = WAIT_SECONDS) -> None:
         host, _, port = address.rpartition(":")
-        for tries_left in reversed(range(_TRIES)):
+        give_up_at = time.monotonic() + wait_seconds
+        while True:
             try:
                 self._sockets = _reserve(host.strip("[]"), int(port) or _free_port(host.strip("[]")))
                 break
             except OSError as error:
-                if int(port) or not tries_left or error.errno != errno.EADDRINUSE:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > give_up_at:
                     raise cannot_listen(address) from error
+                time.sleep(PAUSE_SECONDS)
         self.port: int = self._sockets[0].getsockname()[1]
         self.address = f"{host}:{self.port}"
+
+    def close(self) -> None:
+        """Give the address up."""
+        for reserved in self._sockets:
+            reserved.close()
 
 
 def _places(host: str) -> list[tuple[int, str]]:

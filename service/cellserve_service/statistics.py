@@ -108,7 +108,7 @@ class CallCounts:
 
     def add(self, other: "CallCounts") -> None:
         self.started += other.started
-        self.handled = self.handled + other.handled
+        self.handled.update(dict(other.handled))
         self.handling_seconds.add(other.handling_seconds)
 
 
@@ -136,7 +136,7 @@ class FrontStatistics:
         self.streams += other.streams
         self.stream_unsent_bytes += other.stream_unsent_bytes
         self.event_loop_lag.add(other.event_loop_lag)
-        self.run_failures = self.run_failures + other.run_failures
+        self.run_failures.update(dict(other.run_failures))
         for model, durations in list(other.step_durations.items()):
             self.step_durations[model].add(durations)
         for labels, counts in list(other.calls.items()):

@@ -7,6 +7,7 @@ to the engine its streams have ended, and another worker begins.
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 
 import structlog
 
@@ -44,6 +45,7 @@ class Workers:
         self._last_number = 0
         self._workers: dict[int, WorkerProcess] = {}  # by number
         self._tasks: list[asyncio.Task[None]] = []
+        self._is_ending = False
         self._of_the_dead = FrontStatistics()
         self._own = FrontStatistics()
 
@@ -71,6 +73,7 @@ class Workers:
 
     async def go_unhealthy(self) -> None:
         """Let health checks say NOT_SERVING from now on."""
+        self._is_ending = True
         self._tell(GoUnhealthy())
 
     async def stop(self, patience_seconds: float) -> bool:
@@ -85,7 +88,7 @@ class Workers:
         """What all have counted. To be called on another thread than the event loop's."""
         try:
             return asyncio.run_coroutine_threadsafe(self._count(), self._loop).result(2 * COUNT_SECONDS)
-        except (TimeoutError, RuntimeError):  # the loop is busy, as when it loads a model, or has ended
+        except (TimeoutError, CancelledError, RuntimeError):  # the loop is busy, as with loading models, or has ended
             return self._sum()
 
     async def _count(self) -> FrontStatistics:
@@ -112,6 +115,7 @@ class Workers:
         for worker in self._workers.values():
             worker.kill()
             await worker.process.wait()
+        self._reservation.close()
 
     async def _end(self, message: Stop | Fail, patience_seconds: float) -> bool:
         for task in self._tasks:
@@ -145,6 +149,8 @@ class Workers:
             await worker.is_gone.wait()
             self._bury(worker)
             log.error("worker_died", worker=worker.number, status=await worker.process.wait())
+            if self._is_ending:
+                return
             if time.monotonic() - began_at > SOUND_SECONDS:
                 pause = FIRST_PAUSE_SECONDS
             while True:
@@ -158,6 +164,8 @@ class Workers:
             refusal = await self._begin(worker)
             if refusal is None:
                 log.info("worker_started", worker=worker.number)
+                if self._is_ending:
+                    worker.link.send(GoUnhealthy())
             else:
                 log.error("worker_did_not_start", worker=worker.number, reason=refusal)
                 worker.kill()
