@@ -118,9 +118,10 @@ def main() -> int:
         console.print(f"resident: {after_opening:.0f} bytes a session after opening, {in_all:.0f} after its first step")
         _judge(console, f"beside its state of {state} bytes", in_all - state, _GOAL_BYTES, "at most")
         for frame_size in _FRAME_SIZES:
-            pairs = []
-            for _ in range(options.rounds):
-                pairs.append((many.sample(frame_size, options.sessions), few.sample(frame_size, frame_size)))
+            pairs = [
+                (many.sample(frame_size, options.sessions), few.sample(frame_size, frame_size))
+                for _ in range(options.rounds)
+            ]
             _judge_rates(console, frame_size, pairs)
     return 0
 
