@@ -19,6 +19,7 @@ from cellserve_service.runs import Kind
 from cellserve_service.served import ServedModel
 from cellserve_service.sessions import NO_ROW, NO_RUN, Durability
 from cellserve_service.stepping import IntArray
+from cellserve_service.tables import zeros
 from cellserve_service.validation import check_answer_size, check_input, check_models, refuse
 
 _BUSY = Refusal(ErrorReason.ERROR_REASON_SESSION_BUSY, "a generate is under way on the session")
@@ -31,7 +32,7 @@ class Admission:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._place_by_row = np.zeros(core.sessions.capacity, np.int32)
+        self._place_by_row = zeros(core.sessions.capacity, np.int32)
 
     def submit(self, commands: Sequence[SubmitRuns]) -> None:
         """Accept the rows of commands that are alike or refuse them, row by row; accepted ones are queued."""

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellserve_service.stepping import IntArray
+from cellserve_service.tables import zeros
 
 
 class IdleQueue:
@@ -19,7 +20,7 @@ class IdleQueue:
     """
 
     def __init__(self, capacity: int) -> None:
-        self._is_here = np.zeros(capacity, np.bool_)
+        self._is_here = zeros(capacity, np.bool_)
         self._buckets: dict[int, array[int]] = {}  # by second
         self._due = np.empty(0, np.int32)  # rows of buckets whose turn has come
 

@@ -1,7 +1,7 @@
 """Growing arrays that many runs share: rows at offsets, compacted when they run out."""
 
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +9,14 @@ from numpy.typing import NDArray
 from cellserve_service.stepping import IntArray
 
 Scalar = TypeVar("Scalar", bound=np.generic)
+
+_SLICE = 1 << 14
+
+
+def slices(column: NDArray[Any]) -> Iterator[IntArray]:
+    """The indices at which a column is above zero, some at a time."""
+    for first in range(0, len(column), _SLICE):
+        yield first + np.flatnonzero(column[first : first + _SLICE] > 0)
 
 
 def ragged_indices(starts: IntArray, counts: IntArray) -> IntArray:
@@ -21,7 +29,8 @@ def ragged_indices(starts: IntArray, counts: IntArray) -> IntArray:
 class Pool(Generic[Scalar]):
     """Rows of `width` numbers in one array. Its users keep offset and count of what they put here.
 
-    `live` gives the owner's rows as (offsets, counts) when the pool must be compacted; `moved` takes their new offsets.
+    When the pool must be compacted, `live` gives what is in it as (owners, offsets, counts), some at a time, for the
+    indices of a million are many times as large as what they are for; `moved` takes the new offsets of some owners.
     A compaction costs no more than what was put here since the last one.
     """
 
@@ -29,8 +38,8 @@ class Pool(Generic[Scalar]):
         self,
         dtype: type[Scalar],
         width: int,
-        live: Callable[[], tuple[IntArray, IntArray]],
-        moved: Callable[[IntArray], None],
+        live: Callable[[], Iterator[tuple[IntArray, IntArray, IntArray]]],
+        moved: Callable[[IntArray, IntArray], None],
     ) -> None:
         self.rows: NDArray[Scalar] = np.empty((1024, width), dtype)
         self.num_live = 0
@@ -54,13 +63,13 @@ class Pool(Generic[Scalar]):
             self._used = 0
 
     def _compact(self, num_rows: int) -> None:
-        offsets, counts = self._live()
-        source = ragged_indices(offsets, counts)
-        assert len(source) == self.num_live
-        target = self.rows
-        if 2 * (len(source) + num_rows) > len(self.rows):
-            target = np.empty((4 * (len(source) + num_rows), self.rows.shape[1]), self.rows.dtype)
-        target[: len(source)] = self.rows[source]
-        self.rows = target
-        self._used = len(source)
-        self._moved(counts.cumsum() - counts)
+        wanted = self.num_live + num_rows
+        rows, size = self.rows, len(self.rows)
+        self.rows = np.empty((size if 2 * wanted <= size else 4 * wanted, rows.shape[1]), rows.dtype)
+        self._used = 0
+        for owners, offsets, counts in self._live():
+            source = ragged_indices(offsets, counts)
+            self.rows[self._used : self._used + len(source)] = rows[source]
+            self._moved(owners, self._used + counts.cumsum() - counts)
+            self._used += len(source)
+        assert self._used == self.num_live

@@ -3,6 +3,7 @@
 import numpy as np
 
 from cellserve_service.stepping import IntArray
+from cellserve_service.tables import zeros
 
 _HOLE = -1
 
@@ -12,8 +13,8 @@ class RowQueue:
 
     def __init__(self, capacity: int) -> None:
         # What was taken out leaves a hole until it comes to the front, or until the ring is full.
-        self._ring = np.zeros(2 * capacity, np.int32)
-        self._place = np.zeros(capacity, np.int32)
+        self._ring = zeros(2 * capacity, np.int32)
+        self._place = zeros(capacity, np.int32)
         self._head = 0
         self._length = 0
         self._num_holes = 0

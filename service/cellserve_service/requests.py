@@ -1,11 +1,12 @@
 """Who asked for the unfinished runs of a model, and their tokens: what is forgotten of a run once it has finished."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellserve_service.pools import Pool
+from cellserve_service.pools import Pool, slices
 from cellserve_service.stepping import IntArray
 from cellserve_service.tables import Table
 
@@ -29,7 +30,6 @@ class Requests(Table):
     def __init__(self, token_dtype: type[Any], token_width: int) -> None:
         super().__init__(1024)
         self.token_pool: Pool[Any] = Pool(token_dtype, token_width, self._live_tokens, self._tokens_moved)
-        self._moving = np.empty(0, np.int64)
 
     run: IntArray
     stream: IntArray
@@ -66,9 +66,9 @@ class Requests(Table):
         """All requests of a stream."""
         return np.flatnonzero(self.stream == stream)
 
-    def _live_tokens(self) -> tuple[IntArray, IntArray]:
-        self._moving = np.flatnonzero(self.num_tokens > 0)
-        return self.tokens[self._moving], self.num_tokens[self._moving]
+    def _live_tokens(self) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
+        for asked in slices(self.num_tokens):
+            yield asked, self.tokens[asked], self.num_tokens[asked]
 
-    def _tokens_moved(self, offsets: IntArray) -> None:
-        self.tokens[self._moving] = offsets
+    def _tokens_moved(self, asked: IntArray, offsets: IntArray) -> None:
+        self.tokens[asked] = offsets

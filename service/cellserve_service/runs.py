@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cellserve_service.pools import Pool
+from cellserve_service.pools import Pool, slices
 from cellserve_service.requests import Requests
 from cellserve_service.sessions import NO_RUN, SessionTable
 from cellserve_service.stepping import IntArray
@@ -77,7 +77,6 @@ class RunTable(Table):
         self._sessions = sessions
         self.requests = Requests(token_dtype, token_width)
         self.held_pool: Pool[np.uint32] = Pool(np.uint32, 1, self._live_held, self._held_moved)
-        self._moving = np.empty(0, np.int64)
 
     def allocate(self, num_runs: int, kind: int) -> IntArray:
         """New runs, WAITING, asked for by nobody and not held."""
@@ -278,9 +277,9 @@ class RunTable(Table):
         self.status[runs] = Status.FREE
         self._give_back(runs)
 
-    def _live_held(self) -> tuple[IntArray, IntArray]:
-        self._moving = np.flatnonzero(self.held_words > 0)
-        return self.held[self._moving], self.held_words[self._moving].astype(np.int64)
+    def _live_held(self) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
+        for runs in slices(self.held_words):
+            yield runs, self.held[runs], self.held_words[runs].astype(np.int64)
 
-    def _held_moved(self, offsets: IntArray) -> None:
-        self.held[self._moving] = offsets
+    def _held_moved(self, runs: IntArray, offsets: IntArray) -> None:
+        self.held[runs] = offsets

@@ -1,9 +1,9 @@
 """The session table: every open session as one row of arrays, and the memory of ended ones. Pure: it knows no clock."""
 
 import secrets
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Sequence
-from typing import ClassVar, Final, overload
+from typing import ClassVar, Final, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from cellserve_service.errors import Refusal
 from cellserve_service.idle_queue import IdleQueue
 from cellserve_service.stepping import FloatArray, IntArray
 from cellserve_service.stores.rows import LastRequest
-from cellserve_service.tables import Int32Array, Table
+from cellserve_service.tables import Int32Array, Table, zeros
 
 NO_STREAM = 0
 NO_RUN = -1
@@ -43,6 +43,14 @@ class Durability:
     NONE: Final = 1
     PERIODIC: Final = 2
     SYNC: Final = 3
+
+
+class _Ended(NamedTuple):
+    """A session that has left, and why."""
+
+    session_id: str
+    reason: ErrorReason.ValueType
+    at: float
 
 
 class SessionTable(Table):
@@ -90,28 +98,28 @@ class SessionTable(Table):
         for runs in (self.next_run, self.first_run, self.last_held, self.last_run):
             runs[:] = NO_RUN
         # What is looked through as a whole, or has no part in a step.
-        self.is_open = np.zeros(capacity, np.bool_)
-        self.stage = np.zeros(capacity, np.uint8)
-        self.model = np.zeros(capacity, np.int16)
-        self.owner = np.zeros(capacity, np.int64)  # the stream that holds the session
-        self.is_generating = np.zeros(capacity, np.bool_)
-        self.epoch = np.zeros(capacity, np.int64)
-        self.created_at = np.zeros(capacity, np.float64)
+        self.is_open = zeros(capacity, np.bool_)
+        self.stage = zeros(capacity, np.uint8)
+        self.model = zeros(capacity, np.int16)
+        self.owner = zeros(capacity, np.int64)  # the stream that holds the session
+        self.is_generating = zeros(capacity, np.bool_)
+        self.epoch = zeros(capacity, np.int64)
+        self.created_at = zeros(capacity, np.float64)
         # Tells a session from the ones that had its row before, for what comes back from the store.
-        self.incarnation = np.zeros(capacity, np.uint32)
+        self.incarnation = zeros(capacity, np.uint32)
         # For the store: the epoch in which the state was made, replaced or taken from it. Positions of different lines
         # have nothing to do with each other; the store keeps what is newest by line and position.
-        self.line = np.zeros(capacity, np.int64)
-        self.holder = np.zeros(capacity, np.uint64)  # the client's mark; 0: none
+        self.line = zeros(capacity, np.int64)
+        self.holder = zeros(capacity, np.uint64)  # the client's mark; 0: none
         self.durability = np.full(capacity, Durability.NONE, np.uint8)
-        self.durable_position = np.zeros(capacity, np.int64)  # of a session that is not NONE
-        self.is_dirty = np.zeros(capacity, np.bool_)  # what the store has is behind
-        self.dirty_since = np.zeros(capacity, np.float64)
-        self.is_due = np.zeros(capacity, np.bool_)  # to be written at its next run boundary
-        self.num_writes = np.zeros(capacity, np.int32)  # on their way to the store
-        self.is_in_store = np.zeros(capacity, np.bool_)  # its state is in the store alone
+        self.durable_position = zeros(capacity, np.int64)  # of a session that is not NONE
+        self.is_dirty = zeros(capacity, np.bool_)  # what the store has is behind
+        self.dirty_since = zeros(capacity, np.float64)
+        self.is_due = zeros(capacity, np.bool_)  # to be written at its next run boundary
+        self.num_writes = zeros(capacity, np.int32)  # on their way to the store
+        self.is_in_store = zeros(capacity, np.bool_)  # its state is in the store alone
         # It is closed, and finishes what it had accepted; it is not written any more.
-        self.is_leaving = np.zeros(capacity, np.bool_)
+        self.is_leaving = zeros(capacity, np.bool_)
         self._zero_when_free = (
             self.line,
             self.holder,
@@ -130,7 +138,9 @@ class SessionTable(Table):
         self.row_by_id: dict[str, int] = {}
         self.parked: dict[int, FloatArray] = {}  # states in host memory, (L, state_size)
         self._idle_queue = IdleQueue(capacity)
-        self._ended: OrderedDict[str, tuple[ErrorReason.ValueType, float]] = OrderedDict()
+        # No OrderedDict: that of a million takes a quarter of a second to grow.
+        self._ended: dict[str, _Ended] = {}
+        self._ended_in_order: deque[_Ended] = deque()
         self._max_ended = max_ended
         # Handles that a stream lost to another one, so that its next frame is told so.
         self._moved: dict[int, set[int]] = {}
@@ -180,9 +190,10 @@ class SessionTable(Table):
 
     def remember_ended(self, session_id: str, reason: ErrorReason.ValueType, now: float) -> None:
         """For a while it is known why a session that has left is no more."""
-        self._ended[session_id] = (reason, now)
-        if len(self._ended) > self._max_ended:
-            self._ended.popitem(last=False)
+        ended = self._ended[session_id] = _Ended(session_id, reason, now)
+        self._ended_in_order.append(ended)
+        if len(self._ended_in_order) > self._max_ended:
+            self._forget_oldest()
 
     def free(self, row: int) -> None:
         """Let an ended session's row be given again. The caller has freed its runs and its slot."""
@@ -205,13 +216,15 @@ class SessionTable(Table):
     def forget_ended(self, before: float, most: int) -> bool:
         """Drop the memory of sessions that ended before a moment, at most so many; whether there are more."""
         for _ in range(most):
-            if not self._ended:
+            if not self._ended_in_order or self._ended_in_order[0].at >= before:
                 return False
-            session_id, (_, ended_at) = next(iter(self._ended.items()))
-            if ended_at >= before:
-                return False
-            del self._ended[session_id]
+            self._forget_oldest()
         return True
+
+    def _forget_oldest(self) -> None:
+        oldest = self._ended_in_order.popleft()
+        if self._ended.get(oldest.session_id) is oldest:  # and has not been opened again since
+            del self._ended[oldest.session_id]
 
     def begin_epoch(self, row: int, stream: int, epoch: int = 0) -> None:
         """Make earlier handles stale; the session now belongs to `stream`. epoch: what it is at least from now on."""
@@ -268,7 +281,7 @@ class SessionTable(Table):
             return row
         ended = self._ended.get(session_id)
         if ended is not None:
-            return Refusal(ended[0], f"session {session_id!r} {ENDED_MESSAGE[ended[0]]}", field="session_id")
+            return Refusal(ended.reason, f"session {session_id!r} {ENDED_MESSAGE[ended.reason]}", field="session_id")
         return Refusal(
             ErrorReason.ERROR_REASON_SESSION_NOT_FOUND, f"no session {session_id!r} here", field="session_id"
         )

@@ -1,6 +1,7 @@
 """The building blocks of the run tables: shared arrays, and the line of sessions that are ready."""
 
 from collections import deque
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -41,12 +42,15 @@ class _Owner:
             assert self.pool.rows[offset : offset + len(numbers), 0].tolist() == numbers
         assert self.pool.num_live == sum(map(len, self.lists))
 
-    def _live(self) -> tuple[IntArray, IntArray]:
-        counts = [len(numbers) for numbers in self.lists]
-        return np.array(self.offsets, np.int64), np.array(counts, np.int64)
+    def _live(self) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
+        for first in range(0, len(self.lists), 2):
+            places = np.arange(first, min(first + 2, len(self.lists)))
+            counts = [len(self.lists[place]) for place in places.tolist()]
+            yield places, np.array(self.offsets, np.int64)[places], np.array(counts, np.int64)
 
-    def _moved(self, offsets: IntArray) -> None:
-        self.offsets = offsets.tolist()
+    def _moved(self, places: IntArray, offsets: IntArray) -> None:
+        for place, offset in zip(places.tolist(), offsets.tolist(), strict=True):
+            self.offsets[place] = offset
 
 
 @QUICK
