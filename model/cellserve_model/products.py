@@ -17,7 +17,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-__all__ = ["LARGE_BYTES", "Weight", "bind_add", "bind_biased", "can_pack", "fastest", "packed"]
+__all__ = ["LARGE_BYTES", "Weight", "bind_add", "bind_biased", "bind_fill", "can_pack", "fastest", "packed"]
 
 # About a core's second-level cache; packing pays from here on.
 LARGE_BYTES: Final = 2**20
@@ -109,3 +109,15 @@ def bind_biased(weight: Weight, bias: Tensor, rows: Tensor, out: Tensor, num_row
         return own
 
     return multiply
+
+
+def bind_fill(weight: Weight, bias: Tensor, rows: Tensor, out: Tensor, num_rows: int) -> Callable[[], None]:
+    """As bind_biased, with the result in the B first rows of `out`."""
+    own, multiply = out[:num_rows], bind_biased(weight, bias, rows, out, num_rows)
+
+    def fill() -> None:
+        result = multiply()
+        if not result.is_set_to(own):
+            own.copy_(result)
+
+    return fill
