@@ -25,7 +25,7 @@ from cellserve_model.kernels import (
     prepare_layers,
 )
 from cellserve_model.lone import bind_lone, bind_lone_fill
-from cellserve_model.products import Weight, bind_add, bind_biased, bind_fill, fastest
+from cellserve_model.products import Weight, bind_add, bind_biased, bind_fill, fastest, rounded
 
 __all__ = ["RowViews", "SteppingNetwork"]
 
@@ -51,7 +51,9 @@ class RowViews:
 class SteppingNetwork:
     """A network's prepared weights and one set of buffers for at most `max_rows` rows.
 
-    deterministic: pad rows and widths so that a row's result does not depend on the rows beside it.
+    deterministic: pad rows and widths so that a row's result does not depend on the rows beside it. bfloat16: round
+    the weights of products with hidden vectors, and those vectors as they are multiplied; states, tables, sums and
+    the head stay float32. Not both.
     """
 
     def __init__(
@@ -62,12 +64,14 @@ class SteppingNetwork:
         max_rows: int,
         *,
         deterministic: bool,
+        bfloat16: bool = False,
     ) -> None:
         multiple = WIDTH_MULTIPLE if deterministic else 1
         self.config = config
         self.device = device
         self.max_rows = max_rows
         self.deterministic = deterministic
+        self._bfloat16 = bfloat16
         self.layers = [_moved(layer, device) for layer in prepare_layers(config, tensors, multiple)]
         self.width = pad_to_multiple(config.hidden_size, multiple)  # H'
         self.state_width = config.spec.state_vectors * self.width  # S'
@@ -77,8 +81,12 @@ class SteppingNetwork:
             weight, bias = prepare_head(tensors, multiple)
             self.head_weight, self.head_bias = weight.to(device), bias.to(device)
         self._row_multiple, self._block_rows, prepare = self._choose_products()
-        self._recurrent = [[prepare(weight) for weight in layer.recurrent_weights] for layer in self.layers]
-        self._input = [None if layer.input_weight is None else prepare(layer.input_weight) for layer in self.layers]
+        of_hidden = rounded if bfloat16 else prepare
+        self._recurrent = [[of_hidden(weight) for weight in layer.recurrent_weights] for layer in self.layers]
+        self._input = [
+            None if layer.input_weight is None else (of_hidden if number > 0 else prepare)(layer.input_weight)
+            for number, layer in enumerate(self.layers)
+        ]
         self._head = None if self.head_weight is None else prepare(self.head_weight)
         rows = self.padded_rows(max_rows)
         self._states = torch.zeros(rows, config.num_layers, self.state_width, device=device)
@@ -223,7 +231,8 @@ class SteppingNetwork:
         ]
 
     def _is_lone(self, blocks: Sequence[tuple[int, int]]) -> bool:
-        return blocks[0][1] == 1 and self.device.type == "cpu" and not self.deterministic
+        is_plain = not (self.deterministic or self._bfloat16)
+        return blocks[0][1] == 1 and self.device.type == "cpu" and is_plain
 
     def _layer_views(self, number: int, first: int, num_rows: int) -> LayerViews:
         width, padded = self.width, slice(first, first + self.padded_rows(num_rows))
