@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ModelError,
         ModelFileError,
         TrainingError,
+        WeightsError,
     )
     from cellserve_model.files import ModelFiles, read_model, write_model
     from cellserve_model.interface import Stepper
@@ -49,6 +50,7 @@ _MODULE_BY_NAME = {
     "TrainingError": "errors",
     "VectorInput": "config",
     "Want": "ticks",
+    "WeightsError": "errors",
     "bundled_models_directory": "catalog",
     "from_torch": "conversion",
     "held_out_files": "corpus",
@@ -80,6 +82,7 @@ __all__ = [
     "TrainingError",
     "VectorInput",
     "Want",
+    "WeightsError",
     "bundled_models_directory",
     "from_torch",
     "held_out_files",

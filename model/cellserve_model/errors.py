@@ -10,7 +10,15 @@ ModelError
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "ConversionError", "DeviceError", "ModelError", "ModelFileError", "TrainingError"]
+__all__ = [
+    "ConfigError",
+    "ConversionError",
+    "DeviceError",
+    "ModelError",
+    "ModelFileError",
+    "TrainingError",
+    "WeightsError",
+]
 
 
 class ModelError(Exception):
@@ -31,6 +39,10 @@ class ConversionError(ModelError):
 
 class DeviceError(ModelError):
     """A device that this machine or this build of torch does not have."""
+
+
+class WeightsError(ModelError):
+    """Weights that cannot be served as rounded: with `deterministic`, on this device, or because states drift."""
 
 
 class TrainingError(ModelError):

@@ -55,13 +55,12 @@ class PreparedLayer:
 class LayerViews:
     """The parts of the buffers that one layer works on, for some rows, and the products bound to them.
 
-    fill: puts W_x x_t + b into `blocks`, from what the layer is given; None where a table has done so. add:
-    each recurrent product, which returns the sum of what it is given and what stands in `blocks`, in the
-    parts that `part_sizes` says, or in `blocks` themselves. All tensors have B rows: blocks, the G blocks (B,
-    H') of the activations; new_hidden, h_{t-1} to overwrite with h_t; memory, c of lstm.
+    add: each recurrent product, which returns its sum with what stands in `blocks`, in the parts that
+    `part_sizes` says, in `blocks` themselves or elsewhere. All tensors have B rows: blocks, the G blocks (B,
+    H'), on entry of W_x x_t + b, then of the activations; new_hidden, h_{t-1} to overwrite with h_t; memory, c
+    of lstm.
     """
 
-    fill: Callable[[], None] | None
     add: tuple[Callable[[], Sequence[Tensor]], ...]
     gates: Tensor  # (B, 2H'), the first two blocks
     blocks: tuple[Tensor, ...]
@@ -127,8 +126,6 @@ def part_sizes(cell: str, width: int) -> list[list[int]]:
 
 def advance_layer(cell: str, layer: PreparedLayer, views: LayerViews) -> None:
     """Advance every row of `views` by one token; `views.blocks` then hold the gates, where there are some."""
-    if views.fill is not None:
-        views.fill()
     _KERNELS[cell](layer, views)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from threadpoolctl import threadpool_limits
 
 from cellserve_model.devices import choose_device
-from cellserve_model.errors import DeviceError
+from cellserve_model.drift import MAX_DRIFT, measure_drift
+from cellserve_model.errors import DeviceError, WeightsError
 from cellserve_model.files import ModelFiles, read_model
 from cellserve_model.interface import Stepper
+from cellserve_model.products import can_bfloat16
 from cellserve_model.slab import Slab
 from cellserve_model.stepper import CpuStepper
 from cellserve_model.ticks import ModelInfo
@@ -21,6 +24,8 @@ __all__ = ["load_stepper"]
 # On a CPU a larger batch only waits longer; a GPU is not full before.
 _MAX_BATCH_CPU = 128
 _MAX_BATCH_GPU = 4096
+# Drift is settled by the first hundred steps, or grows without end; a look at both tells them apart.
+_DRIFT_STEPS = (100, 1000)
 
 
 def load_stepper(
@@ -33,7 +38,7 @@ def load_stepper(
     max_batch: int | None = None,
     deterministic: bool = False,
     num_threads: int | None = None,
-    weight_dtype: torch.dtype | None = None,
+    weights: Literal["float32", "bfloat16"] | None = None,
 ) -> Stepper:
     """Load the model directory `<models>/<name>/<version>` and make a slab for it.
 
@@ -41,27 +46,39 @@ def load_stepper(
     default 128 on a CPU and 4,096 on a GPU. deterministic: a session's results are the same to the last bit
     whatever shares its batches; on a CPU this takes one thread. num_threads: of torch on a CPU, by default as
     torch has it; call from the thread that will drive the stepper; numpy's products take one thread from then on, in
-    the whole process. weight_dtype: on a GPU bfloat16, the default, or float32, which is many times slower in large
-    batches; states and sums are float32 with both. Raises ConfigError, ModelFileError and DeviceError.
+    the whole process. weights: None for bfloat16 on a GPU, where float32 is many times slower in large batches, and
+    float32 on a CPU; states and sums are float32 with both, so that states go from one kind of server to the other.
+    On a CPU bfloat16 rounds the weights that hidden vectors are multiplied with, for twice the speed where they are
+    large; it is refused with `deterministic`, whose bits are float32's, and where states drift by more than MAX_DRIFT,
+    which takes seconds to find out. Raises WeightsError, ConfigError, ModelFileError and DeviceError.
     """
     chosen = choose_device(device)
     if chosen.type == "cuda":
+        weight_dtype = torch.float32 if weights == "float32" else torch.bfloat16
         return _load_on_gpu(
             read_model(directory), name, version, chosen, num_slots, max_batch, deterministic, weight_dtype
         )
-    if weight_dtype not in (None, torch.float32):
-        raise DeviceError(f"weights of {weight_dtype} need a GPU; those of a CPU are float32")
     if deterministic:
         num_threads = 1  # how a product is split over threads depends on its rows
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    if chosen.type == "cpu":
-        # numpy's own: its threads wake for every product of a lone row, and cost more than they save.
-        threadpool_limits(1, user_api="blas")
+    # numpy's own: its threads wake for every product of a lone row, and cost more than they save.
+    threadpool_limits(1, user_api="blas")
+    if weights == "bfloat16":
+        _check_bfloat16(deterministic=deterministic)
     files = read_model(directory)
     max_batch = max_batch or _MAX_BATCH_CPU
     with torch.inference_mode():
-        network = SteppingNetwork(files.config, files.tensors, chosen, max_batch, deterministic=deterministic)
+        network = SteppingNetwork(
+            files.config,
+            files.tensors,
+            chosen,
+            max_batch,
+            deterministic=deterministic,
+            bfloat16=weights == "bfloat16",
+        )
+        if weights == "bfloat16":
+            _check_drift(f"{name} version {version}", network, files)
         slab = Slab(files.config, num_slots, network.width, chosen)
         return CpuStepper(_information(files, name, version, chosen), network, slab, num_threads=num_threads)
 
@@ -74,7 +91,7 @@ def _load_on_gpu(
     num_slots: int,
     max_batch: int | None,
     deterministic: bool,
-    weight_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype,
 ) -> Stepper:
     try:
         from triton.runtime import driver
@@ -101,8 +118,24 @@ def _load_on_gpu(
         num_slots=num_slots,
         max_batch=max_batch or _MAX_BATCH_GPU,
         deterministic=deterministic,
-        weight_dtype=weight_dtype or torch.bfloat16,
+        weight_dtype=weight_dtype,
     )
+
+
+def _check_bfloat16(*, deterministic: bool) -> None:
+    if deterministic:
+        raise WeightsError("bfloat16 weights go without deterministic: the bits it promises are those of float32")
+    if not can_bfloat16():
+        raise WeightsError(
+            "bfloat16 weights need a processor with AVX-512 BF16; without it they are slower than float32"
+        )
+
+
+def _check_drift(title: str, network: SteppingNetwork, files: ModelFiles) -> None:
+    drifts = measure_drift(network, files.config, files.tensors, _DRIFT_STEPS)
+    if max(drifts) > MAX_DRIFT:
+        found = ", ".join(f"{drift:.4f} after {steps}" for steps, drift in zip(_DRIFT_STEPS, drifts, strict=True))
+        raise WeightsError(f"{title} drifts with bfloat16 weights: {found} steps, {MAX_DRIFT} is allowed; use float32")
 
 
 def _information(files: ModelFiles, name: str, version: int, device: torch.device) -> ModelInfo:

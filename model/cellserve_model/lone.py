@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cellserve_model.kernels import LayerViews, PreparedLayer
 
-__all__ = ["bind_lone"]
+__all__ = ["bind_lone", "bind_lone_fill"]
 
 Array = NDArray[np.float32]
 
@@ -33,13 +33,10 @@ class _Row:
     scratch: Array
 
 
-def bind_lone(
-    cell: str, layer: PreparedLayer, views: LayerViews, products: Tensor, below: Tensor | None
-) -> Callable[[], None]:
+def bind_lone(cell: str, layer: PreparedLayer, views: LayerViews, products: Tensor) -> Callable[[], None]:
     """A function that advances one layer of one row by one token.
 
-    views: of one row. products: (1, G*H), the buffer of its blocks. below: (1, D), what the layer is given, None
-    where a table fills `products`.
+    views: of one row. products: (1, G*H), the buffer of its blocks, with W_x x_t + b on entry.
     """
     row = _Row(
         sums=products[0].numpy(),
@@ -47,17 +44,21 @@ def bind_lone(
         hidden=views.new_hidden[0].numpy(),
         scratch=views.scratch[0].numpy(),
     )
-    advance = _CELLS[cell](layer, views, row)
-    if below is None or layer.input_weight is None or layer.bias is None:
-        return advance
-    given, weight, bias, sums = below[0].numpy(), layer.input_weight.numpy(), layer.bias.numpy(), row.sums
+    return _CELLS[cell](layer, views, row)
 
-    def fill_and_advance() -> None:
-        np.dot(given, weight, out=sums)
-        np.add(sums, bias, out=sums)
-        advance()
 
-    return fill_and_advance
+def bind_lone_fill(weight: Tensor, bias: Tensor, below: Tensor, products: Tensor) -> Callable[[], None]:
+    """A function that puts W_x x_t + b into `products`.
+
+    weight: (D, G*H). bias: (G*H,). below: (1, D), what the layer is given. products: (1, G*H).
+    """
+    given, array, added, sums = below[0].numpy(), weight.numpy(), bias.numpy(), products[0].numpy()
+
+    def fill() -> None:
+        np.dot(given, array, out=sums)
+        np.add(sums, added, out=sums)
+
+    return fill
 
 
 def _product(weight: Tensor, row: Array, sums: Array) -> Callable[[], None]:

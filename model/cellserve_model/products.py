@@ -17,7 +17,18 @@ from typing import Final
 import torch
 from torch import Tensor
 
-__all__ = ["LARGE_BYTES", "Weight", "bind_add", "bind_biased", "can_pack", "fastest", "packed"]
+__all__ = [
+    "LARGE_BYTES",
+    "Weight",
+    "bind_add",
+    "bind_biased",
+    "bind_fill",
+    "can_bfloat16",
+    "can_pack",
+    "fastest",
+    "packed",
+    "rounded",
+]
 
 # About a core's second-level cache; packing pays from here on.
 LARGE_BYTES: Final = 2**20
@@ -30,11 +41,13 @@ class Weight:
     """A weight (K, N) as the libraries read it.
 
     packed: oneDNN's form of it, None where it is not used. packed_from: the fewest rows to use it for.
+    is_bfloat16: whether that form is rounded to bfloat16, as rows and result of the product then are too.
     """
 
     plain: Tensor
     packed: Tensor | None = None
     packed_from: int = 0
+    is_bfloat16: bool = False
 
 
 def can_pack() -> bool:
@@ -50,6 +63,17 @@ def packed(weight: Tensor, packed_from: int) -> Weight:
     """A weight (K, N) on the CPU, packed for products of at least `packed_from` rows; needs can_pack()."""
     form = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), _PACKED_FOR_ROWS)
     return Weight(weight, form, packed_from)
+
+
+def can_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 in its own instructions; others would be slower than with float32."""
+    return can_pack() and torch.cpu._is_avx512_bf16_supported()
+
+
+def rounded(weight: Tensor) -> Weight:
+    """A weight (K, N) on the CPU, rounded to bfloat16; needs can_bfloat16()."""
+    form = torch.ops.mkldnn._reorder_linear_weight(weight.t().bfloat16().contiguous(), _PACKED_FOR_ROWS)
+    return Weight(weight, form, 1, is_bfloat16=True)
 
 
 def fastest(weight: Tensor) -> Weight:
@@ -69,11 +93,15 @@ def bind_add(
     own_parts = torch.split(sums[:num_rows], sizes, dim=1)
     matrix, form = weight.plain, weight.packed
     if form is not None and len(rows) >= weight.packed_from:
-        linear = torch.ops.mkldnn._linear_pointwise.binary
+        linear = torch.ops.mkldnn._linear_pointwise
         is_whole, is_padded = len(sizes) == 1, len(rows) > num_rows
 
         def add_packed() -> Sequence[Tensor]:
-            result: Tensor = linear(rows, sums, form, None, "add")
+            result: Tensor
+            if weight.is_bfloat16:
+                result = linear(rows.bfloat16(), form, None, "none", [], "").float().add_(sums)
+            else:
+                result = linear.binary(rows, sums, form, None, "add")
             if is_padded:
                 result = result[:num_rows]
             return (result,) if is_whole else torch.split(result, sizes, dim=1)
@@ -99,7 +127,11 @@ def bind_biased(weight: Weight, bias: Tensor, rows: Tensor, out: Tensor, num_row
         is_padded = len(rows) > num_rows
 
         def multiply_packed() -> Tensor:
-            result: Tensor = linear(rows, form, bias, "none", [], "")
+            result: Tensor
+            if weight.is_bfloat16:
+                result = linear(rows.bfloat16(), form, None, "none", [], "").float().add_(bias)
+            else:
+                result = linear(rows, form, bias, "none", [], "")
             return result[:num_rows] if is_padded else result
 
         return multiply_packed
@@ -109,3 +141,15 @@ def bind_biased(weight: Weight, bias: Tensor, rows: Tensor, out: Tensor, num_row
         return own
 
     return multiply
+
+
+def bind_fill(weight: Weight, bias: Tensor, rows: Tensor, out: Tensor, num_rows: int) -> Callable[[], None]:
+    """As bind_biased, with the result in the B first rows of `out`."""
+    own, multiply = out[:num_rows], bind_biased(weight, bias, rows, out, num_rows)
+
+    def fill() -> None:
+        result = multiply()
+        if not result.is_set_to(own):
+            own.copy_(result)
+
+    return fill

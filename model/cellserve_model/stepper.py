@@ -188,13 +188,15 @@ class CpuStepper:
         views = network.views(len(slots))
         slab.gather(slots, views.states)
         recorder.before(views)
-        first, num_padding_rows = 0, 0
-        for step, size in enumerate(plan.step_sizes, start=1):
+        # Vectors of many steps go through one product: for few rows it takes as long as for one step's.
+        is_projected = self.info.input_size is not None and len(plan.step_sizes) > 1 and self._device.type == "cpu"
+        parts = network.project(inputs, plan.step_sizes) if is_projected else torch.split(inputs, plan.step_sizes)
+        num_padding_rows = 0
+        for step, (size, given) in enumerate(zip(plan.step_sizes, parts, strict=True), start=1):
             part = network.views(size)
             after_layer = None if plan.gates is None else functools.partial(recorder.after_layer, step)
-            network.advance(part, inputs[first : first + size], after_layer)
+            network.advance(part, given, after_layer, is_projected=is_projected)
             recorder.after(step, part)
-            first += size
             num_padding_rows += network.padded_rows(size) - size
         slab.scatter(slots, views.states)
         return num_padding_rows

@@ -185,7 +185,7 @@ class Server:
             layers = "1 layer" if info.num_layers == 1 else f"{info.num_layers} layers"
             lines.append(
                 f"  {info.name} version {info.version}: {info.cell}, {layers}, hidden size "
-                f"{info.hidden_size}, {info.num_parameters:,} parameters, on {info.device}"
+                f"{info.hidden_size}, {info.num_parameters:,} parameters in {settings.weights}, on {info.device}"
             )
         print("\n".join(lines), file=sys.stderr, flush=True)  # noqa: T201 - what the command says at its start
         log.info("serving", listen=f"{host}:{port}", models=[served.info.name for served in engine.core.served])
@@ -222,6 +222,7 @@ class LoadSteppers:
                     num_slots=min(settings.max_slots, settings.max_sessions),
                     deterministic=settings.deterministic,
                     num_threads=settings.num_threads or _default_num_threads(settings.workers),
+                    weights=None if settings.weights == "auto" else settings.weights,
                 )
                 stepper.warm_up()
                 steppers.append(stepper)

@@ -46,6 +46,8 @@ IMPOSSIBLE: dict[str, tuple[list[str], str]] = {
     "beyond loopback without TLS": (["--listen", "0.0.0.0:0"], "allow_insecure"),
     "no such store": (["--store", "redis://localhost"], "store"),
     "no such device": (["--device", "tpu"], "device"),
+    "bits of rounded weights": (["--deterministic", "--weights", "bfloat16"], "deterministic"),
+    "no such weights": (["--weights", "int4"], "weights"),
     "half of TLS": (["--tls-certificate", "chain.pem"], "tls_private_key"),
     "TLS files that are not there": (["--tls-certificate", "a.pem", "--tls-private-key", "b.pem"], "b.pem"),
     "limits that contradict each other": (["--max-run-tokens", "9000"], "max_session_pending_tokens"),

@@ -33,7 +33,7 @@ def _load(directory: Path, *, device: str = "cuda", deterministic: bool = False,
         max_batch=24,
         deterministic=deterministic,
         num_threads=1,
-        weight_dtype=torch.float32,
+        weights="float32",
     )
     if warm:
         stepper.warm_up()
