@@ -23,12 +23,16 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.loops import single_steps
+<<<<<<< HEAD
 from bench.processes import Worker
 from bench.statistics import median, quartiles
+=======
+>>>>>>> refs/heads/workers
 from cellserve import AsyncClient
 from cellserve.v1.stream_pb2 import Command, OpenCommand, RunCommand, StreamRequest, StreamResponse
 from cellserve.v1.values_pb2 import OutputAt, OutputRequest
 from demo.server_process import ServerProcess
+from tests.support.models import write_tiny_model
 
 _CLOCK_TICKS: Final = os.sysconf("SC_CLK_TCK")
 _STREAM: Final = "/cellserve.v1.SessionService/Stream"
@@ -89,13 +93,11 @@ def main() -> None:
 
 
 async def _run(console: Console, options: argparse.Namespace) -> None:
-    reference = Worker("bench.reference")
     with tempfile.TemporaryDirectory(prefix="cellserve-bench-") as directory, ExitStack() as stack:
         models = Path(directory) / "models"
-        try:
-            await reference.call("write_models", models, (128, 512))
-        finally:
-            reference.close()
+        for hidden_size in (128, 512):
+            folder = models / f"gru{hidden_size}" / "1"
+            write_tiny_model(folder, "gru", hidden_size=hidden_size, vocab_size=256, output_size=256)
 
         def server(name: str, *arguments: str, program: Sequence[str] = ("-m", "cellserve_service")) -> Contender:
             process = ServerProcess(
@@ -204,15 +206,19 @@ def _print(console: Console, name: str, contenders: Sequence[Contender]) -> None
         ratios = [
             ours / theirs for ours, theirs in zip(contender.tokens_per_second, first.tokens_per_second, strict=True)
         ]
+<<<<<<< HEAD
         low, high = quartiles(ratios)
+=======
+        low, high = np.quantile(ratios, [0.25, 0.75])
+>>>>>>> refs/heads/workers
         table.add_row(
             contender.name,
-            f"{median(contender.tokens_per_second):,.0f}",
-            f"{median(ratios):.2f}",
+            f"{np.median(contender.tokens_per_second):,.0f}",
+            f"{np.median(ratios):.2f}",
             f"{low:.2f} to {high:.2f}",
-            f"{1000 * median(contender.p50_seconds):.2f}",
-            f"{median(contender.cpu_microseconds):.1f}",
-            f"{median(contender.engine_cpu_microseconds):.1f}",
+            f"{1000 * np.median(contender.p50_seconds):.2f}",
+            f"{np.median(contender.cpu_microseconds):.1f}",
+            f"{np.median(contender.engine_cpu_microseconds):.1f}",
         )
     console.print(table)
 
