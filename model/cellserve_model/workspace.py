@@ -30,6 +30,8 @@ from cellserve_model.products import Weight, bind_add, bind_biased, bind_fill, f
 __all__ = ["RowViews", "SteppingNetwork"]
 
 _MAX_KEPT_VIEWS = 1024
+# From here on a single row, too, is multiplied with rounded weights where they are asked for.
+_MANY_BYTES = 8 * 2**20
 # Bounds what the input products of a long run take: 16 MiB of float32 at a time.
 _MAX_PROJECTED_NUMBERS = 4 * 2**20
 
@@ -213,7 +215,7 @@ class SteppingNetwork:
             return []
         below = self._inputs if number == 0 else self._states[:, number - 1, : self.width]
         assert below is not None
-        if self._is_lone(blocks):
+        if self._is_lone(number, blocks):
             return [bind_lone_fill(weight.plain, bias, below[:1], self._products[:1])]
         filling = []
         for first, size in blocks:
@@ -223,16 +225,18 @@ class SteppingNetwork:
 
     def _bind_advance(self, number: int, blocks: Sequence[tuple[int, int]]) -> list[Callable[[], None]]:
         cell, layer = self.config.cell, self.layers[number]
-        if self._is_lone(blocks):
+        if self._is_lone(number, blocks):
             return [bind_lone(cell, layer, self._layer_views(number, 0, 1), self._products[:1])]
         return [
             functools.partial(advance_layer, cell, layer, self._layer_views(number, first, size))
             for first, size in blocks
         ]
 
-    def _is_lone(self, blocks: Sequence[tuple[int, int]]) -> bool:
-        is_plain = not (self.deterministic or self._bfloat16)
-        return blocks[0][1] == 1 and self.device.type == "cpu" and is_plain
+    def _is_lone(self, number: int, blocks: Sequence[tuple[int, int]]) -> bool:
+        if self.deterministic or self.device.type != "cpu" or blocks[0][1] != 1:
+            return False
+        # Reading half the bytes makes up for oneDNN's dearer calls only where there are many.
+        return not self._bfloat16 or self._recurrent[number][0].plain.nbytes < _MANY_BYTES
 
     def _layer_views(self, number: int, first: int, num_rows: int) -> LayerViews:
         width, padded = self.width, slice(first, first + self.padded_rows(num_rows))
