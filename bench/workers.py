@@ -23,11 +23,6 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.loops import single_steps
-<<<<<<< HEAD
-from bench.processes import Worker
-from bench.statistics import median, quartiles
-=======
->>>>>>> refs/heads/workers
 from cellserve import AsyncClient
 from cellserve.v1.stream_pb2 import Command, OpenCommand, RunCommand, StreamRequest, StreamResponse
 from cellserve.v1.values_pb2 import OutputAt, OutputRequest
@@ -206,11 +201,7 @@ def _print(console: Console, name: str, contenders: Sequence[Contender]) -> None
         ratios = [
             ours / theirs for ours, theirs in zip(contender.tokens_per_second, first.tokens_per_second, strict=True)
         ]
-<<<<<<< HEAD
-        low, high = quartiles(ratios)
-=======
         low, high = np.quantile(ratios, [0.25, 0.75])
->>>>>>> refs/heads/workers
         table.add_row(
             contender.name,
             f"{np.median(contender.tokens_per_second):,.0f}",
