@@ -26,7 +26,7 @@ from tests.support.refusals import expect, of_call
 from tests.support.server import ServerProcess
 from tests.support.stream import outputs
 from tests.support.wire import LONG, SMALL_WINDOW, Follower, Wire, step_request
-from tests.support.workers import connections, worker_pids
+from tests.support.workers import connections, sockets_of, worker_pids
 
 MODEL = "tiny-gru"
 
@@ -296,6 +296,28 @@ def test_all_workers_drain(start: Start, models_directory: Path) -> None:
             expect(stream.ending(), "DRAINING")
         assert server.wait() == 0
     assert "worker_died" not in server.log
+
+
+def test_a_worker_that_dies_while_the_server_drains_is_not_replaced(start: Start, models_directory: Path) -> None:
+    server = start(models=models_directory, max_stream_unsent_bytes=65_536)
+    with connections(server) as groups:
+        (_, [wire, *_]), (pid, [other, *_]) = groups.items()
+        slow = wire.other(SMALL_WINDOW)
+        while sockets_of(slow) != sockets_of(wire):
+            slow = wire.other(SMALL_WINDOW)
+        stream, lost = slow.stream(), other.stream()
+        lost.open(MODEL)
+        [request] = stream.run([stream.open("pycode").handle], [LONG], outputs(states=True))
+        stream.begun(request)
+        server.terminate()
+        lost.drain_notice()
+        os.kill(pid, signal.SIGKILL)
+        wait_for(server, "worker_died")
+        assert stream.answer(request).num_tokens == len(LONG)
+        expect(stream.ending(), "DRAINING")
+        assert server.wait() == 0
+    assert "worker_started" not in server.log
+    assert "drain_timed_out" not in server.log
 
 
 def test_a_drain_of_workers_does_not_outlast_its_timeout(start: Start, models_directory: Path) -> None:
