@@ -16,7 +16,7 @@ from cellserve._outputs import OutputSpec
 from cellserve._reattaching import Reattaching
 from cellserve._replica import Replica
 from cellserve._runs import Run
-from cellserve._status import lost_error
+from cellserve._status import is_passing, lost_error
 from cellserve._unanswered import Opened
 from cellserve.errors import CellserveError, ClosedError, SessionBusy, StoreUnavailable, TimedOut
 
@@ -221,7 +221,12 @@ class Attachment:
             elif ledger.adopts_position:
                 await self._reattaching.attach(deadline)
             elif self.is_misplaced:
-                await self.leave(deadline)
+                try:
+                    await self.leave(deadline)
+                except CellserveError as error:
+                    if not is_passing(error):
+                        raise
+                    self.trouble = error  # the replica is gone: it is attached where it should be, and made whole
             else:
                 self.trouble = None
                 return

@@ -207,11 +207,14 @@ async def test_calls_about_a_session_go_where_it_is(servers: list[ScriptedServer
     assert at_home.store.ended == {"followed": "SESSION_CLOSED"}
 
 
-async def test_a_generate_goes_on_at_another_server(servers: list[ScriptedServer], client: AsyncClient) -> None:
+@pytest.mark.parametrize("point", ["token 7", "detach", "after detach"])
+async def test_a_generate_goes_on_at_another_server(
+    servers: list[ScriptedServer], client: AsyncClient, point: str
+) -> None:
     session = await client.open_session(MODEL, id="followed")
     await session.step([1, 2])
     at_home, tokens = home(servers, "followed"), []
-    at_home.break_at.append(("token 7", INTERNAL))
+    at_home.break_at.append((point, INTERNAL))
     async for token in session.generate(20, seed=5):
         tokens.append(token)
         if len(tokens) == 5:
@@ -220,6 +223,7 @@ async def test_a_generate_goes_on_at_another_server(servers: list[ScriptedServer
     for _ in range(20):
         expected.append(sampled(5, expected))
     assert tokens == expected[2:]
+    assert at_home.break_at == []
     assert (await session.step(3)).position == 23
 
 
