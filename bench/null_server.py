@@ -25,6 +25,7 @@ __all__ = ["NullStepper"]
 _VOCAB_SIZE: Final = 256
 _HIDDEN_SIZE: Final = 128
 _MAX_BATCH: Final = 16384
+_EFFICIENT_BATCH: Final = 128  # as on a CPU
 _NO_TOKENS: Final = np.empty((0, 0), np.uint32)
 _NO_FLOATS: Final = np.empty(0, np.float32)
 
@@ -70,6 +71,7 @@ class NullStepper:
         self.info = _Info()
         self.num_slots = num_slots
         self.max_batch = _MAX_BATCH
+        self.efficient_batch = _EFFICIENT_BATCH
 
     def submit(
         self,

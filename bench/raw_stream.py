@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
-from cellserve_service.columns import StreamRequest, StreamResponse, read_column, write_column
+from cellserve.columns import StreamRequest, StreamResponse, read_column, write_column
 
 __all__ = ["RawStream"]
 

@@ -20,8 +20,8 @@ from cellserve._outputs import OutputSpec
 from cellserve._results import Columns, StepManyResult, StepResult
 from cellserve._runs import Run
 from cellserve._tokens import TokenColumn, VectorColumn
+from cellserve.columns import read_column
 from cellserve.errors import CellserveError, TimedOut
-from cellserve.v1.stream_pb2 import AnswerEvent
 
 __all__ = ["Answers", "Block", "ResultBuffer"]
 
@@ -39,14 +39,15 @@ class Answers:
     columns: Columns
 
     @classmethod
-    def read(cls, event: AnswerEvent, spec: OutputSpec) -> Answers:
-        num_answers = len(event.requests)
-        counts = _read(event.counts) if event.counts else np.ones(num_answers, dtype=np.int64)
-        remaining = _read(event.remaining) if event.remaining else np.zeros(num_answers, dtype=np.int64)
+    def read(cls, event: Any, spec: OutputSpec) -> Answers:
+        """event: a `columns.AnswerEvent`."""
+        requests = read_column(event.requests, "<i8")
+        counts = _read(event.counts) if event.counts else np.ones_like(requests)
+        remaining = _read(event.remaining) if event.remaining else np.zeros_like(requests)
         num_rows = {"every": counts, "last": (remaining == 0).astype(np.int64), "none": np.zeros_like(counts)}
         return cls(
-            requests=_read(event.requests),
-            positions=_read(event.positions),
+            requests=requests,
+            positions=read_column(event.positions, "<i8"),
             remaining=remaining,
             row_starts=_starts(num_rows[spec.at]),
             columns=spec.read(event.outputs),
@@ -130,6 +131,7 @@ class Block:
         self.answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.runs: set[Run] = set()  # rows that have left
         self._tokens = tokens
+        self._counts = counts
         self._token_starts = _starts(counts)
         self._positions = positions
         self._num_filled = np.zeros(len(ledgers), dtype=np.int64)  # output rows of each run that have come
@@ -216,11 +218,20 @@ class Block:
             self.buffer.positions[self.members[finished]] = positions
             self._num_filled[rows] += num_rows
         self._is_open[finished] = False
-        begins, ends = self._token_starts[finished].tolist(), self._token_starts[finished + 1].tolist()
-        for row, position, begin, end in zip(finished.tolist(), positions.tolist(), begins, ends, strict=True):
-            ledger = self.ledgers[row]
-            column = 0 if ledger.kept is None else self._column(begin, end)  # made only where it is kept
-            ledger.answered(position, column, self.spec.answer_bytes(end - begin))
+        ledgers, row_bytes = self.ledgers, self.spec.row_bytes
+        for row, position, count in zip(
+            finished.tolist(), positions.tolist(), self._counts[finished].tolist(), strict=True
+        ):
+            ledger = ledgers[row]
+            if count == 1 and ledger.kept is None and not ledger.is_watched:
+                # Ledger.answered, without the call.
+                ledger.position = position
+                ledger.num_unanswered -= 1
+                ledger.unanswered_bytes -= row_bytes
+                continue
+            begin = int(self._token_starts[row])
+            column = 0 if ledger.kept is None else self._column(begin, begin + count)  # made only where it is kept
+            ledger.answered(position, column, self.spec.answer_bytes(count))
         self._finish_if_answered()
 
     def _take_run(self, run: Run, index: int, answer: asyncio.Future[StepResult]) -> None:
@@ -246,8 +257,8 @@ class Block:
             self.answer.set_result(None)
 
 
-def _read(column: Sequence[int]) -> Index:
-    return np.fromiter(column, dtype=np.int64, count=len(column))
+def _read(column: bytes) -> Index:
+    return read_column(column, "<u4").astype(np.int64)
 
 
 def _starts(num_rows: Index) -> Index:
@@ -256,5 +267,7 @@ def _starts(num_rows: Index) -> Index:
 
 def _ranges(starts: Index, lengths: Index) -> Index:
     """The numbers of every range [start, start + length), range after range."""
+    if np.count_nonzero(lengths == 1) == len(lengths):
+        return starts
     offsets = np.arange(int(lengths.sum()), dtype=np.int64)
     return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + offsets

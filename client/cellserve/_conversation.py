@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+from array import array
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,6 @@ from cellserve._tokens import TokenColumn, VectorColumn
 from cellserve._unanswered import Opened, Order, Unanswered
 from cellserve._wire import RunColumns
 from cellserve.errors import CellserveError, ConnectionLost
-from cellserve.v1.stream_pb2 import StreamResponse
 
 __all__ = ["Conversation"]
 
@@ -125,20 +125,27 @@ class Conversation:
         """Asks for one run of each of many sessions that are ready. members: their indices in the buffer."""
         num_runs = len(ledgers)
         first_request = self._take_numbers(num_runs, deadline)
-        positions = [
-            ledger.reserve(count, spec.answer_bytes(count))
-            for ledger, count in zip(ledgers, counts.tolist(), strict=True)
-        ]
+        handles, positions, confirmed = array("Q"), array("Q"), array("Q")
+        one_answer_bytes = spec.row_bytes
+        for ledger, count in zip(ledgers, counts.tolist(), strict=True):
+            position = ledger.next_position
+            handles.append(ledger.handle or 0)
+            positions.append(position)
+            confirmed.append(ledger.position)
+            # Ledger.reserve, without the call.
+            ledger.next_position = position + count
+            ledger.num_unanswered += 1
+            ledger.unanswered_bytes += one_answer_bytes if count == 1 else spec.answer_bytes(count)
         columns = RunColumns(
             requests=np.arange(first_request, first_request + num_runs, dtype=np.uint64),
-            handles=np.array([ledger.handle for ledger in ledgers], dtype=np.uint64),
+            handles=handles,
             counts=counts.astype(np.uint32),
             has_long_runs=bool((counts != 1).any()),
             tokens=tokens,
             vectors=vectors,
-            positions=np.array(positions, dtype=np.uint64),
+            positions=positions,
             timeouts_milliseconds=np.full(num_runs, timeout.milliseconds, dtype=np.uint32),
-            acknowledged_positions=np.array([ledger.position for ledger in ledgers], dtype=np.uint64),
+            acknowledged_positions=confirmed,
             outputs=spec.encoded,
         )
         command = self._outbox.add_columns(columns)
@@ -217,8 +224,8 @@ class Conversation:
         self._first_unsent_request = self._next_request
         return self._outbox.take()
 
-    def receive(self, response: StreamResponse) -> None:
-        """Takes a frame of the server. Raises ProtocolError."""
+    def receive(self, response: Any) -> None:
+        """Takes a frame of the server, a `columns.StreamResponse`. Raises ProtocolError."""
         self._unanswered.receive(response)
         for handle in self._unanswered.unwanted_handles:
             self._outbox.add_close(0, self._take_numbers(1, math.inf), handle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ from cellserve.errors import CellserveError, StepManyFailed
 
 __all__ = ["step_many"]
 
+T = TypeVar("T")
+
 
 async def step_many(
     hub: Hub,
@@ -35,9 +38,8 @@ async def step_many(
     if not attachments:
         raise ValueError("step_many needs at least one session")
     model = attachments[0].model
-    for attachment in attachments:
-        if attachment.hub is not hub or attachment.model.info.name != model.info.name:
-            raise ValueError("the sessions of one step_many are of one model, and of this client")
+    if {attachment.model for attachment in attachments} != {model} or attachments[0].hub is not hub:
+        raise ValueError("the sessions of one step_many are of one model, and of this client")
     if len(set(attachments)) != len(attachments):
         raise ValueError("a session stands more than once among the sessions of step_many")
     spec = model.output_spec(wishes)
@@ -77,6 +79,7 @@ class _Many:
         self.buffer = ResultBuffer(counts, spec)
         self.failures: dict[int, CellserveError] = {}
         self._attachments = attachments
+        self._ledgers = [attachment.ledger for attachment in attachments]
         self._column = column
         self._counts = counts
         self._token_starts = np.concatenate([[0], np.cumsum(counts)])
@@ -87,13 +90,13 @@ class _Many:
     async def step_short(self, members: npt.NDArray[np.int64]) -> None:
         """Steps the sessions with these indices by one run each, in as few commands as possible."""
         while True:
-            waiting = [index for index in members.tolist() if not self._is_ready(index)]
+            waiting = self._not_ready(members)
             if not waiting:
                 break
             await asyncio.gather(*(self._make_ready(index) for index in waiting))
             members = members[[index not in self.failures for index in members.tolist()]]
         blocks: list[tuple[Conversation, Block]] = []
-        conversations = {self._attachments[index].conversation for index in members.tolist()}
+        conversations = {attachment.conversation for attachment in self._of(self._attachments, members)}
         for conversation in conversations:  # more than one only while sessions move from stream to stream
             assert conversation is not None
             rows = members
@@ -123,14 +126,20 @@ class _Many:
         else:
             self.buffer.put_result(index, result)
 
-    def _is_ready(self, index: int) -> bool:
-        attachment = self._attachments[index]
-        ledger, count = attachment.ledger, int(self._counts[index])
-        return (
-            ledger.ready
-            and ledger.next_position + count <= ledger.kept_limit
-            and attachment.model.has_room(ledger, self._spec, count)
-        )
+    def _not_ready(self, members: npt.NDArray[np.int64]) -> list[int]:
+        """Those of the sessions that cannot be stepped yet."""
+        has_room, spec = self._attachments[0].model.has_room, self._spec
+        ledgers = self._of(self._ledgers, members)
+        return [
+            index
+            for index, ledger, count in zip(members.tolist(), ledgers, self._counts[members].tolist(), strict=True)
+            if not ledger.ready
+            or ledger.next_position + count > ledger.kept_limit
+            or (ledger.num_unanswered and not has_room(ledger, spec, count))
+        ]
+
+    def _of(self, all_of: list[T], members: npt.NDArray[np.int64]) -> list[T]:
+        return all_of if len(members) == len(all_of) else [all_of[index] for index in members.tolist()]
 
     async def _make_ready(self, index: int) -> None:
         attachment = self._attachments[index]
@@ -155,7 +164,7 @@ class _Many:
             vectors = None if vectors is None else vectors[is_token]
             counts = counts[members]
         return conversation.send_block(
-            [self._attachments[index].ledger for index in members.tolist()],
+            self._of(self._ledgers, members),
             members,
             self._spec,
             tokens,

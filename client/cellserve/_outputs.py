@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from cellserve._info import ModelInfo
 from cellserve._results import Columns
-from cellserve.v1.values_pb2 import FloatBlock, OutputAt, OutputColumns, OutputRequest
+from cellserve.columns import read_column
+from cellserve.v1.values_pb2 import FloatBlock, OutputAt, OutputRequest
 
 __all__ = ["NO_COLUMNS", "At", "OutputSpec", "Wishes", "make_output_spec", "read_floats"]
 
@@ -46,8 +47,8 @@ class OutputSpec:
         """What the outputs of a run of count tokens take."""
         return self.row_bytes * count if self.at == "every" else self.row_bytes
 
-    def read(self, outputs: OutputColumns) -> Columns:
-        """The columns of an answer event."""
+    def read(self, outputs: Any) -> Columns:
+        """The columns of an answer event, `columns.OutputColumns`."""
         if not self.encoded:
             return NO_COLUMNS
         arrays: dict[str, npt.NDArray[np.int64] | npt.NDArray[np.float32]] = {}
@@ -124,5 +125,5 @@ def read_floats(block: FloatBlock) -> npt.NDArray[np.float32]:
     return np.frombuffer(block.values, dtype="<f4").reshape(tuple(block.shape))
 
 
-def _read_tokens(column: object) -> npt.NDArray[np.int64]:
-    return np.fromiter(column, dtype=np.int64, count=len(column))  # type: ignore[call-overload, arg-type, no-any-return]
+def _read_tokens(column: bytes) -> npt.NDArray[np.int64]:
+    return read_column(column, "<u4").astype(np.int64)

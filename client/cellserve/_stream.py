@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from grpc import aio
 
@@ -18,10 +18,10 @@ from cellserve._backoff import Patience
 from cellserve._conversation import Conversation
 from cellserve._info import ServerLimits
 from cellserve._unanswered import ProtocolError
-from cellserve.v1.stream_pb2 import StreamResponse
+from cellserve.columns import StreamResponse
 
 if TYPE_CHECKING:
-    StreamCall: TypeAlias = aio.StreamStreamCall[bytes, StreamResponse]
+    StreamCall: TypeAlias = aio.StreamStreamCall[bytes, Any]
 
 __all__ = ["Connection"]
 

@@ -7,22 +7,22 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 from grpc import aio
 
 from cellserve._status import status_error
+from cellserve.columns import StreamResponse
 from cellserve.errors import ClosedError, Unavailable
 from cellserve.v1.model_service_pb2_grpc import ModelServiceStub
 from cellserve.v1.session_service_pb2 import GenerateRequest, GenerateResponse
 from cellserve.v1.session_service_pb2_grpc import SessionServiceStub
-from cellserve.v1.stream_pb2 import StreamResponse
 
 if TYPE_CHECKING:
     GenerateCall: TypeAlias = aio.UnaryStreamCall[GenerateRequest, GenerateResponse]
-    StreamCall: TypeAlias = aio.StreamStreamCall[bytes, StreamResponse]
+    StreamCall: TypeAlias = aio.StreamStreamCall[bytes, Any]
 
 __all__ = ["Metadata", "Tls", "Transport"]
 
@@ -97,7 +97,7 @@ class Transport:
             self._channel = aio.secure_channel(target, credentials, options=options)
         self.models = ModelServiceStub(self._channel)
         self.sessions = SessionServiceStub(self._channel)
-        self._stream: aio.StreamStreamMultiCallable[bytes, StreamResponse] = self._channel.stream_stream(
+        self._stream: aio.StreamStreamMultiCallable[bytes, Any] = self._channel.stream_stream(
             _STREAM_METHOD,
             request_serializer=None,  # frames are made serialized
             response_deserializer=StreamResponse.FromString,

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -18,15 +18,8 @@ from cellserve._outputs import OutputSpec
 from cellserve._results import join_results
 from cellserve._runs import Run, fail_run
 from cellserve._status import event_error, is_passing, lost_error, reason_name
+from cellserve.columns import read_column
 from cellserve.errors import CellserveError, PositionGap, StaleHandle, TimedOut
-from cellserve.v1.stream_pb2 import (
-    AnswerEvent,
-    DoneEvent,
-    EndedEvent,
-    FailureEvent,
-    OpenedEvent,
-    StreamResponse,
-)
 
 __all__ = ["Opened", "Order", "ProtocolError", "Unanswered"]
 
@@ -80,8 +73,8 @@ class Unanswered:
         self.opens: dict[int, Order[Opened]] = {}
         self.orders: dict[int, Order[None]] = {}  # closes and detaches
 
-    def receive(self, response: StreamResponse) -> None:
-        """Gives every event of a frame to whom it concerns. Raises ProtocolError."""
+    def receive(self, response: Any) -> None:
+        """Gives every event of a frame, a `columns.StreamResponse`, to whom it concerns. Raises ProtocolError."""
         for event in response.events:
             kind = event.WhichOneof("event")
             if kind == "answers":
@@ -93,7 +86,8 @@ class Unanswered:
             elif kind == "done":
                 self._take_done(event.done)
             elif kind == "durable":
-                for handle, position in zip(event.durable.handles, event.durable.positions, strict=True):
+                durable = event.durable
+                for handle, position in zip(_u64(durable.handles), _u64(durable.positions), strict=True):
                     if (ledger := self.ledger_by_handle.get(handle)) is not None:
                         ledger.is_durable_at(position)
             elif kind == "ended":
@@ -170,14 +164,14 @@ class Unanswered:
                 next_deadline = min(next_deadline, order.deadline)
         return to_withdraw, next_deadline
 
-    def _take_answers(self, event: AnswerEvent) -> None:
+    def _take_answers(self, event: Any) -> None:
         if self.blocks or event.counts or event.remaining:
             self._take_long_answers(event)
             return
         # The hot path: one token in every row, of single steps alone.
         runs = self.runs
         columns = None
-        for row, (request, position) in enumerate(zip(event.requests, event.positions, strict=True)):
+        for row, (request, position) in enumerate(zip(_u64(event.requests), _u64(event.positions), strict=True)):
             run = runs.pop(request, None)
             if run is None:
                 raise ProtocolError(f"an answer to request {request}, which is not open")
@@ -197,10 +191,10 @@ class Unanswered:
                 result = columns.result(position, row, row + 1)
                 answer.set_result(result if run.parts is None else join_results([*run.parts, result]))
 
-    def _take_long_answers(self, event: AnswerEvent) -> None:
+    def _take_long_answers(self, event: Any) -> None:
         if not event.requests:
             return
-        answers = Answers.read(event, self._spec_of(event.requests[0]))
+        answers = Answers.read(event, self._spec_of(int(read_column(event.requests, "<u8")[0])))
         is_single = np.ones(len(answers.requests), dtype=np.bool_)
         for block in self.blocks:
             is_single &= ~block.take(answers)
@@ -229,15 +223,15 @@ class Unanswered:
                 return block.spec
         raise ProtocolError(f"an answer to request {request}, which is not open")
 
-    def _take_failures(self, event: FailureEvent) -> None:
+    def _take_failures(self, event: Any) -> None:
         columns = (
-            event.codes,
+            _u32(event.codes),
             event.reasons,
-            event.positions,
-            event.retry_after_milliseconds,
+            _u64(event.positions),
+            _u32(event.retry_after_milliseconds),
             event.messages,
         )
-        for request, *facts in zip(event.requests, *columns, strict=True):
+        for request, *facts in zip(_u64(event.requests), *columns, strict=True):
             if request == 0:
                 raise ProtocolError(f"the server could not read a frame: {event_error(*facts)}")
             self._fail(request, event_error(*facts))
@@ -256,16 +250,18 @@ class Unanswered:
                 self._fail_run(block.take_out(request), error)
         self.blocks = [block for block in self.blocks if not block.is_finished]
 
-    def _take_opened(self, event: OpenedEvent) -> None:
-        for row, request in enumerate(event.requests):
+    def _take_opened(self, event: Any) -> None:
+        handles, positions, epochs = _u64(event.handles), _u64(event.positions), _u64(event.epochs)
+        durable_positions = _u64(event.durable_positions)
+        for row, request in enumerate(_u64(event.requests)):
             opened = Opened(
                 session_id=event.session_ids[row],
-                handle=event.handles[row],
-                position=event.positions[row],
-                epoch=event.epochs[row],
+                handle=handles[row],
+                position=positions[row],
+                epoch=epochs[row],
                 created=event.created[row],
                 durability=durability_name(event.durabilities[row]) if event.durabilities else "none",
-                durable_position=event.durable_positions[row] if event.durable_positions else None,
+                durable_position=durable_positions[row] if durable_positions else None,
             )
             order = self.opens.pop(request, None)
             if order is not None and not order.answer.done():
@@ -273,14 +269,14 @@ class Unanswered:
             elif opened.created and (order is None or order.is_new):
                 self.unwanted_handles.append(opened.handle)
 
-    def _take_done(self, event: DoneEvent) -> None:
-        for request in event.requests:
+    def _take_done(self, event: Any) -> None:
+        for request in _u64(event.requests):
             order = self.orders.pop(request, None)
             if order is not None and not order.answer.done():
                 order.answer.set_result(None)
 
-    def _take_ended(self, event: EndedEvent) -> None:
-        for handle, reason in zip(event.handles, event.reasons, strict=True):
+    def _take_ended(self, event: Any) -> None:
+        for handle, reason in zip(_u64(event.handles), event.reasons, strict=True):
             ledger = self.ledger_by_handle.pop(handle, None)
             if ledger is None:
                 continue
@@ -308,6 +304,16 @@ class Unanswered:
                 ledger.owner.stream_lost(error)
             return
         fail_run(run, error)
+
+
+def _u64(column: bytes) -> list[int]:
+    numbers: list[int] = read_column(column, "<u8").tolist()
+    return numbers
+
+
+def _u32(column: bytes) -> list[int]:
+    numbers: list[int] = read_column(column, "<u4").tolist()
+    return numbers
 
 
 def _fail_order(order: Order[Opened] | Order[None], error: CellserveError) -> None:

@@ -21,8 +21,9 @@ ResultT = TypeVar("ResultT", StepResult, GenerateResult)
 class Stepper(Protocol):
     """A loaded model with the states of its sessions; all calls come from one thread.
 
-    Slots 1 to num_slots hold states; slot 0 is scratch. max_batch: the most rows of a tick. `load_stepper` makes
-    one from a model directory; what the arguments are is said at CpuStepper.
+    Slots 1 to num_slots hold states; slot 0 is scratch. max_batch: the most rows of a tick. efficient_batch: from so
+    many rows on a tick takes twice as long with twice as many. `load_stepper` makes one from a model directory; what
+    the arguments are is said at CpuStepper.
     """
 
     @property
@@ -31,6 +32,8 @@ class Stepper(Protocol):
     def num_slots(self) -> int: ...
     @property
     def max_batch(self) -> int: ...
+    @property
+    def efficient_batch(self) -> int: ...
 
     def submit(
         self,

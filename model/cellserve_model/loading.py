@@ -22,7 +22,7 @@ from cellserve_model.workspace import SteppingNetwork
 __all__ = ["load_stepper"]
 
 # On a CPU a larger batch only waits longer; a GPU is not full before.
-_MAX_BATCH_CPU = 128
+_MAX_BATCH_CPU = 1024
 _MAX_BATCH_GPU = 4096
 # Drift is settled by the first hundred steps, or grows without end; a look at both tells them apart.
 _DRIFT_STEPS = (100, 1000)
@@ -43,7 +43,7 @@ def load_stepper(
     """Load the model directory `<models>/<name>/<version>` and make a slab for it.
 
     device: auto, cpu, cuda or cuda:N. num_slots: sessions whose states fit on the device. max_batch: by
-    default 128 on a CPU and 4,096 on a GPU. deterministic: a session's results are the same to the last bit
+    default 1,024 on a CPU and 4,096 on a GPU. deterministic: a session's results are the same to the last bit
     whatever shares its batches; on a CPU this takes one thread. num_threads: of torch on a CPU, by default as
     torch has it; call from the thread that will drive the stepper; numpy's products take one thread from then on, in
     the whole process. weights: None for bfloat16 on a GPU, where float32 is many times slower in large batches, and

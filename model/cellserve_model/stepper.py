@@ -28,6 +28,9 @@ __all__ = ["CpuStepper", "Ticket"]
 
 ResultT = TypeVar("ResultT", StepResult, GenerateResult)
 
+# What a tick costs beside its products is a tenth by then.
+_EFFICIENT_BATCH = 128
+
 
 @dataclass(frozen=True, slots=True)
 class Ticket(Generic[ResultT]):
@@ -54,6 +57,7 @@ class CpuStepper:
         self.info = info
         self.num_slots = slab.num_slots
         self.max_batch = network.max_rows
+        self.efficient_batch = min(self.max_batch, _EFFICIENT_BATCH)
         self._device = network.device
         self._num_threads = num_threads
         self._network = network

@@ -7,8 +7,8 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
+from cellserve.columns import StreamRequest, read_column
 from cellserve.v1 import stream_pb2, values_pb2
-from cellserve_service.columns import StreamRequest, read_column
 from cellserve_service.errors import Refusal, invalid
 from cellserve_service.messages import (
     Acknowledge,

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from cellserve.columns import StreamResponse, write_column
 from cellserve.v1 import values_pb2
-from cellserve_service.columns import StreamResponse, write_column
 from cellserve_service.messages import (
     Answers,
     Done,

@@ -20,7 +20,7 @@ class EngineLimits:
     max_checkpoints: int = 8
     idle_timeout_seconds: float = 3600.0
     ended_session_memory_seconds: float = 600.0
-    # A tick gives each session so many steps of its run at most, and so many in all before it takes one each: long
-    # runs are sliced so that a single step that comes meanwhile waits for a few steps, not for the run.
-    max_slice_tokens: int = 32
-    max_sliced_tick_tokens: int = 512
+    # A tick gives each session so many steps of its run at most, and so many in all before it takes one each, however
+    # quick they are; mostly time bounds them first (pace.py).
+    max_slice_tokens: int = 256
+    max_sliced_tick_tokens: int = 16384

@@ -31,7 +31,7 @@ class Pool(Generic[Scalar]):
 
     When the pool must be compacted, `live` gives what is in it as (owners, offsets, counts), some at a time, for the
     indices of a million are many times as large as what they are for; `moved` takes the new offsets of some owners.
-    A compaction costs no more than what was put here since the last one.
+    A compaction looks through all owners: `least_rows`, the smallest size, is what is put here between two at least.
     """
 
     def __init__(
@@ -40,8 +40,9 @@ class Pool(Generic[Scalar]):
         width: int,
         live: Callable[[], Iterator[tuple[IntArray, IntArray, IntArray]]],
         moved: Callable[[IntArray, IntArray], None],
+        least_rows: int = 1024,
     ) -> None:
-        self.rows: NDArray[Scalar] = np.empty((1024, width), dtype)
+        self.rows: NDArray[Scalar] = np.empty((least_rows, width), dtype)
         self.num_live = 0
         self._used = 0
         self._live = live

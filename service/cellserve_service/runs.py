@@ -35,6 +35,9 @@ class Status:
     HELD: Final = 3  # finished; its answer, or that there was one, is remembered
 
 
+# As many answers between two compactions as a table of usual size has rows to look through.
+_LEAST_HELD_WORDS: Final = 1 << 16
+
 NOT_HELD = -1
 NOT_ASKED = -1
 
@@ -76,7 +79,7 @@ class RunTable(Table):
         super().__init__(max(1024, sessions.capacity))
         self._sessions = sessions
         self.requests = Requests(token_dtype, token_width)
-        self.held_pool: Pool[np.uint32] = Pool(np.uint32, 1, self._live_held, self._held_moved)
+        self.held_pool: Pool[np.uint32] = Pool(np.uint32, 1, self._live_held, self._held_moved, _LEAST_HELD_WORDS)
 
     def allocate(self, num_runs: int, kind: int) -> IntArray:
         """New runs, WAITING, asked for by nobody and not held."""

@@ -20,7 +20,7 @@ def choose_sessions(core: Core, served: ServedModel, kind: int) -> IntArray:
     """The sessions that have waited longest, resident on the device and marked as being in a tick."""
     sessions, queue = core.sessions, served.ready[kind]
     chosen: list[IntArray] = []
-    room = served.num_room
+    room = served.num_room(kind)
     while room > 0 and len(queue):
         rows = queue.pop(room)
         sessions.stage[rows] = Stage.IDLE
@@ -28,6 +28,8 @@ def choose_sessions(core: Core, served: ServedModel, kind: int) -> IntArray:
         sessions.stage[rows] = Stage.IN_TICK
         room -= len(rows)
         chosen.append(rows)
+    if kind == Kind.RUN:
+        served.pace.num_left = len(queue)
     if not chosen:
         return np.empty(0, np.int64)
     rows = chosen[0] if len(chosen) == 1 else np.concatenate(chosen)

@@ -4,8 +4,9 @@ import numpy as np
 
 from cellserve_service.limits import EngineLimits
 from cellserve_service.outputs import predicts_tokens
+from cellserve_service.pace import Pace
 from cellserve_service.queues import RowQueue
-from cellserve_service.runs import RunTable
+from cellserve_service.runs import Kind, RunTable
 from cellserve_service.sessions import SessionTable
 from cellserve_service.slots import SlotMap
 from cellserve_service.specs import SpecTable
@@ -29,11 +30,12 @@ class ServedModel:
         # Sessions whose first unfinished run a tick can take: a queue for Kind.RUN, one for Kind.GENERATE.
         self.ready = (RowQueue(limits.max_sessions), RowQueue(limits.max_sessions))
         self.num_in_ticks = 0  # sessions
+        self.pace = Pace(stepper.efficient_batch)  # of ticks of runs
 
-    @property
-    def num_room(self) -> int:
-        """How many sessions one more tick can take."""
-        return min(self.stepper.max_batch, self.slots.num_slots - self.num_in_ticks)
+    def num_room(self, kind: int) -> int:
+        """How many sessions one more tick takes at most."""
+        most = self.pace.num_rows(len(self.ready[kind])) if kind == Kind.RUN else self.stepper.efficient_batch
+        return min(most, self.stepper.max_batch, self.slots.num_slots - self.num_in_ticks)
 
     @property
     def takes_tokens(self) -> bool:

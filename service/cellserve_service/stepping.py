@@ -103,6 +103,8 @@ class Stepper(Protocol):
     def num_slots(self) -> int: ...
     @property
     def max_batch(self) -> int: ...
+    @property
+    def efficient_batch(self) -> int: ...  # a tick of fewer rows takes nearly as long as one of so many
 
     def submit(
         self,

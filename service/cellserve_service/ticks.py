@@ -59,7 +59,8 @@ def _slice_lengths(core: Core, served: ServedModel, spec: IntArray) -> IntArray:
     """How many tokens each run of the batch may advance at most."""
     limits, specs = core.limits, served.specs
     token_bytes = np.where(specs.is_every[spec], specs.row_bytes[spec], 1)
-    fair = min(limits.max_slice_tokens, max(1, limits.max_sliced_tick_tokens // len(spec)))
+    in_all = min(limits.max_sliced_tick_tokens, served.pace.num_tokens)
+    fair = min(limits.max_slice_tokens, max(1, in_all // len(spec)))
     within_tick = MAX_TICK_OUTPUT_BYTES // (int(token_bytes.max()) * len(spec))
     lengths: IntArray = np.minimum(min(fair, within_tick), limits.max_answer_bytes // token_bytes)
     return np.maximum(lengths, 1)
@@ -88,6 +89,7 @@ def finish_run_tick(core: Core, tick: RunTick, result: StepResult) -> None:
     statistics = core.statistics.models[served.index]
     statistics.steps_run += num_tokens
     statistics.count_tick(result, core.now - tick.begun_at)
+    served.pace.took(num_tokens, result.compute_seconds)
 
 
 def _finish_runs(core: Core, served: ServedModel, rows: IntArray, runs: IntArray) -> None:

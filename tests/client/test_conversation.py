@@ -7,6 +7,7 @@ from array import array
 import numpy as np
 import pytest
 
+from cellserve import columns as byte_columns
 from cellserve._blocks import Block, ResultBuffer
 from cellserve._conversation import Conversation
 from cellserve._deadline import Timeout
@@ -95,7 +96,8 @@ class Stream:
         return [command for frame in frames for command in StreamRequest.FromString(frame).commands]
 
     def says(self, *events: Event) -> None:
-        self.conversation.receive(StreamResponse.FromString(StreamResponse(events=events).SerializeToString()))
+        frame = StreamResponse(events=events).SerializeToString()
+        self.conversation.receive(byte_columns.StreamResponse.FromString(frame))
 
     def answers(self, answers: dict[int, int], tokens: list[int], **columns: list[int]) -> None:
         """Answers, as position by request."""

@@ -5,9 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from cellserve import columns as byte_columns
 from cellserve._info import ModelInfo
 from cellserve._outputs import At, make_output_spec
 from cellserve._results import Columns, StepManyResult, StepResult, join_results
+from cellserve.v1.stream_pb2 import AnswerEvent, Event, StreamResponse
 from cellserve.v1.values_pb2 import FloatBlock, OutputAt, OutputColumns, OutputRequest
 
 
@@ -76,17 +78,17 @@ def test_wishes_that_make_no_sense_are_a_value_error(at: At, top_k: int) -> None
 
 def test_every_column_becomes_the_array_of_its_shape() -> None:
     spec = make_output_spec(model_info(), "every", None, 2, True, True, True, True)
-    columns = spec.read(
-        OutputColumns(
-            next_tokens=[4, 5, 6],
-            top_tokens=[1, 2, 3, 4, 5, 6],
-            top_logprobs=block(3, 2),
-            logprobs=block(3),
-            head_outputs=block(3, 11),
-            states=block(3, 2, 3),
-            gates=block(3, 2, 2, 3),
-        )
+    outputs = OutputColumns(
+        next_tokens=[4, 5, 6],
+        top_tokens=[1, 2, 3, 4, 5, 6],
+        top_logprobs=block(3, 2),
+        logprobs=block(3),
+        head_outputs=block(3, 11),
+        states=block(3, 2, 3),
+        gates=block(3, 2, 2, 3),
     )
+    frame = StreamResponse(events=[Event(answers=AnswerEvent(outputs=outputs))]).SerializeToString()
+    columns = spec.read(byte_columns.StreamResponse.FromString(frame).events[0].answers.outputs)
     result = columns.result(13, 1, 3)
     assert result.position == 13
     assert result.next_token is not None

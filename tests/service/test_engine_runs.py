@@ -160,8 +160,20 @@ def test_sessions_take_their_turns_in_the_order_in_which_they_became_ready() -> 
     driver.end()
 
 
+def test_a_long_run_of_a_slow_model_is_sliced_by_the_time_that_its_tokens_take() -> None:
+    driver = Driver(EngineLimits(max_sessions=4))
+    stream = driver.new_stream()
+    handle = driver.opened(stream, "a")
+    driver.steppers[0].compute_seconds = 1.0
+    driver.run(stream, Row(handle, [1] * 600, 0), outputs=LAST)
+    driver.settle()
+    # The first tick's is a guess, and bounded for each session.
+    assert [counts.tolist() for counts in driver.steppers[0].batches[:4]] == [[256], [1], [1], [1]]
+    driver.end()
+
+
 def test_models_take_turns() -> None:
-    driver = Driver()
+    driver = Driver(EngineLimits(max_sessions=4, max_slice_tokens=32))
     stream = driver.new_stream()
     tokens, vectors = driver.opened(stream, "t"), driver.opened(stream, "v", model="vectors")
     driver.run(stream, Row(tokens, [1] * 100, 0))

@@ -102,7 +102,7 @@ class FakeStepped:
     states: FloatArray
     gates: FloatArray
     num_padding_rows: int = 0
-    compute_seconds: float = 0.001
+    compute_seconds: float = 1e-6
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class FakeGenerated:
     logprobs: FloatArray
     counts: IntArray
     num_padding_rows: int = 0
-    compute_seconds: float = 0.001
+    compute_seconds: float = 1e-6
 
 
 @dataclass
@@ -132,6 +132,11 @@ class FakeStepper:
     max_batch: int = 8
     failure: Exception | None = None
     closed: bool = False
+    compute_seconds: float = 1e-6  # that each tick takes
+
+    @property
+    def efficient_batch(self) -> int:
+        return self.max_batch
 
     def __post_init__(self) -> None:
         # What a slot holds before it is given must never be seen.
@@ -245,6 +250,7 @@ class FakeStepper:
             logits=_stack([output.logits for output in of(Want.HEAD_OUTPUT)], (0, info.output_size or 0)),
             states=_stack([output.state for output in of(Want.STATE)], (0, *self.slab.shape[1:])),
             gates=_stack([output.gates for output in of(Want.GATES)], gates_shape),
+            compute_seconds=self.compute_seconds,
         )
 
 

@@ -49,6 +49,7 @@ class CudaStepper:
         self.info = info
         self.num_slots = network.slab.num_slots
         self.max_batch = max_batch
+        self.efficient_batch = max_batch  # the weights are read once, for few rows as for many
         self._network, self._slab, self._device = network, network.slab, network.device
         self._capture = capture
         self._steps: dict[int, Replay] = {}

@@ -3,7 +3,9 @@
 On the wire a packed column of fixed-width integers is its little-endian bytes behind a tag and a length, just like a
 field of bytes. So the classes here, made from the contract's descriptors with `bytes` in place of `repeated fixed32`
 and `repeated fixed64`, read and write the same frames. A column that is not sent packed and whole, as every proto3
-encoder sends it, is not seen here, and its command is refused for columns of unequal length.
+encoder sends it, is not seen here; it is then of another length than its neighbours.
+
+The server and the client read their frames with these. Whoever speaks the contract without the client can, too.
 """
 
 import sys
@@ -18,7 +20,9 @@ from numpy.typing import NDArray
 
 from cellserve.v1 import stream_pb2, values_pb2
 
-_PACKAGE = "cellserve_service.columns"
+__all__ = ["StreamRequest", "StreamResponse", "read_column", "write_column"]
+
+_PACKAGE = "cellserve.columns"
 _FIXED = (FieldDescriptorProto.TYPE_FIXED32, FieldDescriptorProto.TYPE_FIXED64)
 
 
@@ -28,11 +32,11 @@ def _add_with_byte_columns(file: Any) -> None:
     file.CopyToProto(copy)
     own = {f".{copy.package}.{message.name}" for message in copy.message_type}
     copy.package = _PACKAGE
-    copy.name = f"cellserve_service/columns/{copy.name.rpartition('/')[2]}"
+    copy.name = f"cellserve/columns/{copy.name.rpartition('/')[2]}"
     del copy.enum_type[:]
     copy.dependency.append(file.name)
     if file is not values_pb2.DESCRIPTOR:
-        copy.dependency.append("cellserve_service/columns/values.proto")
+        copy.dependency.append("cellserve/columns/values.proto")
         own |= {f".cellserve.v1.{name}" for name in values_pb2.DESCRIPTOR.message_types_by_name}
     for message in copy.message_type:
         for field in message.field:
@@ -59,7 +63,7 @@ StreamResponse: Any = _message_class("StreamResponse")
 
 
 def read_column(column: bytes, dtype: str) -> NDArray[Any]:
-    """A column's numbers. dtype: '<u4' or '<u8'. Raises ValueError where the bytes are no whole numbers."""
+    """A column's numbers. dtype: '<u4', '<u8' or '<i8'. Raises ValueError where the bytes are no whole numbers."""
     return np.frombuffer(column, dtype)
 
 

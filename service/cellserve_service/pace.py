@@ -1,0 +1,37 @@
+"""How much one tick of a model takes: as much as keeps its fixed cost small, and nobody waiting."""
+
+from typing import Final
+
+# What comes while a tick runs waits for its end, however fast or slow the model is.
+TICK_SECONDS: Final = 0.003
+# Before the first tick has told how long a token takes.
+FIRST_TICK_TOKENS: Final = 512
+
+
+class Pace:
+    """efficient_batch: of the stepper, so many rows or fewer are never worth dividing.
+
+    num_left: how many sessions were ready for the last tick and not taken.
+    """
+
+    def __init__(self, efficient_batch: int) -> None:
+        self._efficient_batch = efficient_batch
+        self.num_left = 0
+        self._seconds_a_token = TICK_SECONDS / FIRST_TICK_TOKENS
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens take the time of a tick."""
+        return int(TICK_SECONDS / self._seconds_a_token)
+
+    def num_rows(self, num_ready: int) -> int:
+        """How many of the sessions that are ready the next tick takes.
+
+        Half of many, then the other half: while one is stepped, the clients of the other read their answers, and send
+        again.
+        """
+        return max(self._efficient_batch, min(max(num_ready // 2, self.num_left), self.num_tokens))
+
+    def took(self, num_tokens: int, seconds: float) -> None:
+        """A tick has taken so long."""
+        self._seconds_a_token = max(seconds, 1e-9) / num_tokens

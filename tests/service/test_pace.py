@@ -1,0 +1,51 @@
+"""How much a tick takes: by how long tokens take, and by how many sessions wait."""
+
+import pytest
+
+from cellserve_service.pace import FIRST_TICK_TOKENS, TICK_SECONDS, Pace
+
+
+@pytest.fixture
+def pace() -> Pace:
+    """Of a model whose ticks are quick, however large."""
+    pace = Pace(efficient_batch=128)
+    pace.took(1000, 1e-6)
+    return pace
+
+
+def taken(pace: Pace, num_ready: int) -> int:
+    number = min(num_ready, pace.num_rows(num_ready))
+    pace.num_left = num_ready - number
+    return number
+
+
+def test_few_sessions_are_taken_together(pace: Pace) -> None:
+    for number in (1, 100, 128):
+        assert taken(pace, number) == number
+
+
+def test_many_are_taken_in_two_halves_whatever_was_before(pace: Pace) -> None:
+    for number in (256, 4096, 1000, 256):
+        assert taken(pace, number) == number // 2
+        assert taken(pace, pace.num_left) == number // 2
+
+
+def test_a_tick_takes_as_many_tokens_as_the_last_ones_speed_allows(pace: Pace) -> None:
+    pace.took(100, 100 * TICK_SECONDS / 500)
+    assert pace.num_tokens == pytest.approx(500, abs=1)
+    assert taken(pace, 10_000) == pytest.approx(500, abs=1)
+    pace.took(10, 1.0)
+    assert pace.num_tokens == 0
+    assert taken(pace, 10_000) == 128
+
+
+def test_before_the_first_tick_its_speed_is_a_guess() -> None:
+    pace = Pace(efficient_batch=16)
+    assert pace.num_tokens == pytest.approx(FIRST_TICK_TOKENS, abs=1)
+    assert taken(pace, 10_000) == pytest.approx(FIRST_TICK_TOKENS, abs=1)
+
+
+def test_a_device_that_takes_all_at_once_is_given_all() -> None:
+    pace = Pace(efficient_batch=4096)
+    pace.took(10, 1.0)
+    assert taken(pace, 4000) == 4000
