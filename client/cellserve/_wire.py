@@ -1,7 +1,6 @@
 """Writes the columns of runs as protobuf without a Python object per number.
 
-A packed column of fixed-width integers is its little-endian bytes behind a tag and a length. The generated
-classes take such a column number by number, which for thousands of sessions costs more than everything else
+The generated classes take a column number by number, which for thousands of sessions costs more than everything else
 in a frame.
 """
 
@@ -15,6 +14,7 @@ from typing import Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from cellserve.columns import write_field
 from cellserve.v1.stream_pb2 import Command, RunCommand, StreamRequest
 from cellserve.v1.values_pb2 import FloatBlock
 
@@ -23,7 +23,6 @@ __all__ = ["Column", "RunColumns", "frame_bytes", "split_rows"]
 # 64-bit columns for numbers of requests, handles and positions; 32-bit columns for the others.
 Column: TypeAlias = "array[int] | npt.NDArray[np.uint64] | npt.NDArray[np.uint32]"
 
-_LENGTH_DELIMITED: Final = 2
 # Columns of a run beside its tokens: four of 64 bits, two of 32.
 _ROW_BYTES: Final = 40
 
@@ -77,15 +76,15 @@ class RunColumns:
         if self.vectors is not None:
             vectors = self.vectors[tokens]
             block = FloatBlock(shape=vectors.shape, values=vectors.astype("<f4", copy=False).tobytes())
-            parts.append(_field(RunCommand.VECTORS_FIELD_NUMBER, block.SerializeToString()))
+            parts.append(write_field(RunCommand.VECTORS_FIELD_NUMBER, block.SerializeToString()))
         if self.outputs:
-            parts.append(_field(RunCommand.OUTPUTS_FIELD_NUMBER, self.outputs))
-        return _field(Command.RUN_FIELD_NUMBER, b"".join(parts))
+            parts.append(write_field(RunCommand.OUTPUTS_FIELD_NUMBER, self.outputs))
+        return write_field(Command.RUN_FIELD_NUMBER, b"".join(parts))
 
 
 def frame_bytes(commands: list[bytes]) -> bytes:
     """A serialized StreamRequest out of serialized Commands."""
-    return b"".join([_field(StreamRequest.COMMANDS_FIELD_NUMBER, command) for command in commands])
+    return b"".join([write_field(StreamRequest.COMMANDS_FIELD_NUMBER, command) for command in commands])
 
 
 def split_rows(row_bytes: npt.NDArray[np.int64], max_bytes: int, max_rows: int | None = None) -> list[tuple[int, int]]:
@@ -106,17 +105,4 @@ def split_rows(row_bytes: npt.NDArray[np.int64], max_bytes: int, max_rows: int |
 
 def _packed(field_number: int, column: Column) -> bytes:
     values = column if sys.byteorder == "little" else np.asarray(column).byteswap()
-    return _field(field_number, values.tobytes())
-
-
-def _field(field_number: int, payload: bytes) -> bytes:
-    return bytes((field_number << 3 | _LENGTH_DELIMITED,)) + _varint(len(payload)) + payload
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
+    return write_field(field_number, values.tobytes())

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from cellserve.v1 import stream_pb2, values_pb2
 
-__all__ = ["StreamRequest", "StreamResponse", "read_column", "write_column"]
+__all__ = ["StreamRequest", "StreamResponse", "read_column", "write_column", "write_field"]
 
+_LENGTH_DELIMITED = 2
 _PACKAGE = "cellserve.columns"
 _FIXED = (FieldDescriptorProto.TYPE_FIXED32, FieldDescriptorProto.TYPE_FIXED64)
 
@@ -65,6 +66,19 @@ StreamResponse: Any = _message_class("StreamResponse")
 def read_column(column: bytes, dtype: str) -> NDArray[Any]:
     """A column's numbers. dtype: '<u4', '<u8' or '<i8'. Raises ValueError where the bytes are no whole numbers."""
     return np.frombuffer(column, dtype)
+
+
+def write_field(number: int, payload: bytes) -> bytes:
+    """A field that carries its length: a message, a string, bytes or a packed column. number: at most 15."""
+    length = len(payload)
+    if length < 0x80:
+        return bytes((number << 3 | _LENGTH_DELIMITED, length)) + payload
+    encoded = bytearray((number << 3 | _LENGTH_DELIMITED,))
+    while length > 0x7F:
+        encoded.append(length & 0x7F | 0x80)
+        length >>= 7
+    encoded.append(length)
+    return bytes(encoded) + payload
 
 
 def write_column(numbers: NDArray[Any], dtype: str) -> bytes:

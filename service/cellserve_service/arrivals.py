@@ -17,7 +17,7 @@ from cellserve_service.pools import ragged_indices
 from cellserve_service.stepping import FloatArray, IntArray, TokenArray
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that takes twice as long to make, and most messages make one
 class Arrivals:
     """The rows that are not refused so far."""
 

@@ -50,7 +50,7 @@ class OpenSessions:
     request_digest: bytes = b""  # of all that was asked
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that takes twice as long to make, and most messages make one
 class SubmitRuns:
     """Runs addressed by handles of the stream, or (unary calls) by session id."""
 
@@ -268,7 +268,7 @@ class Opened:
     durabilities: NDArray[np.uint8]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that takes twice as long to make, and most messages make one
 class Answers:
     """Slices of runs that asked for the same outputs of the same model."""
 

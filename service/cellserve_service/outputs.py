@@ -99,7 +99,7 @@ class OutputSpec:
 NO_OUTPUTS = OutputSpec()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that takes twice as long to make, and most messages make one
 class OutputArrays:
     """Outputs of R rows; None where not asked for."""
 
@@ -122,6 +122,11 @@ class OutputArrays:
             return parts[0]
         columns = zip(*(part._arrays() for part in parts), strict=True)
         return cls(*(None if column[0] is None else np.concatenate(column) for column in columns))
+
+    @property
+    def has_floats(self) -> bool:
+        """Whether there is an array beside those of tokens."""
+        return any(array is not None for array in self._arrays()[2:])
 
     @property
     def num_bytes(self) -> int:

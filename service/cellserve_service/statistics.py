@@ -28,6 +28,9 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, values: NDArray[np.float64]) -> None:
+        if len(values) == 1:
+            self.observe_one(float(values[0]))
+            return
         places = self.bounds.searchsorted(values)
         self.counts += np.bincount(places, minlength=len(self.counts))
         self.total += float(values.sum())

@@ -108,7 +108,8 @@ class _StreamCall:
         self._clock = clock
         self._events: list[Event] = []
         self._events_bytes = 0
-        self._something = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._waits: asyncio.Future[None] | None = None  # of the writer, for something to write
         self._writable = asyncio.Event()
         self._writable.set()
         self._unsent_bytes = 0
@@ -127,12 +128,12 @@ class _StreamCall:
         if self._unsent_bytes > self._max_unsent_bytes and self._writable.is_set():
             self._writable.clear()
             self._front.post(SetStreamPaused(self.stream, paused=True))
-        self._something.set()
+        self._wake_writer()
 
     def finish(self) -> None:
         """Write what there is, then end."""
         self._finishing = True
-        self._something.set()
+        self._wake_writer()
 
     async def read(self, max_open_sessions: int) -> None:
         """Read frames until the client has no more.
@@ -152,8 +153,10 @@ class _StreamCall:
                 if not isinstance(command, CancelRuns | Acknowledge):
                     self._unanswered += _num_requests(command)
                 self._front.post(command)
-            await self._writable.wait()
-            await self._front.flows.wait()
+            if not self._writable.is_set():
+                await self._writable.wait()
+            if not self._front.flows.is_set():
+                await self._front.flows.wait()
         self._read_all = True
         if not self._unanswered:
             self.finish()
@@ -161,8 +164,9 @@ class _StreamCall:
     async def write(self, max_answer_bytes: int) -> None:
         """Write whatever became ready, until all requests of a finished reader are answered."""
         while True:
-            await self._something.wait()
-            self._something.clear()
+            if not self._events and not self._finishing:
+                self._waits = self._loop.create_future()
+                await self._waits
             events, self._events = self._events, []
             num_bytes, self._events_bytes = self._events_bytes, 0
             for frame in encode_events(events, max_answer_bytes):
@@ -175,14 +179,19 @@ class _StreamCall:
         self._front.forget(self.stream)
         self._statistics.stream_unsent_bytes -= self._unsent_bytes
 
+    def _wake_writer(self) -> None:
+        if self._waits is not None and not self._waits.done():
+            self._waits.set_result(None)
+
     def _written(self, events: list[Event], num_bytes: int) -> None:
         now = self._clock()
         for event in events:
             if isinstance(event, Answers):
-                complete = event.remaining == 0
-                self._unanswered -= int(np.count_nonzero(complete))
-                durations = now - event.accepted_at[complete]
-                self._statistics.step_durations[event.model].observe(durations)
+                accepted_at = event.accepted_at
+                if np.count_nonzero(event.remaining):
+                    accepted_at = accepted_at[event.remaining == 0]
+                self._unanswered -= len(accepted_at)
+                self._statistics.step_durations[event.model].observe(now - accepted_at)
             elif isinstance(event, Failures | Opened | Done):
                 self._unanswered -= len(event.requests)
         self._unsent_bytes -= num_bytes
