@@ -73,8 +73,15 @@ def event_bytes(event: Event) -> int:
     return EVENT_ROW_BYTES
 
 
-def encode_events(events: Sequence[Event], max_bytes: int) -> Iterator[bytes]:
-    """Frames for one stream, in order; answers that are too large for one frame are split between their rows."""
+def encode_events(events: Sequence[Event], num_bytes: int, max_bytes: int) -> Iterator[bytes]:
+    """Frames for one stream, in order; answers that are too large for one frame are split between their rows.
+
+    num_bytes: of all events, as event_bytes tells.
+    """
+    if num_bytes <= max_bytes:
+        if events:
+            yield b"".join([_encode(event) for event in events])
+        return
     encoded: list[bytes] = []
     size = 0
     for event in events:

@@ -22,7 +22,7 @@ SWEEP_SECONDS = 1.0
 # would hold up the next for as long as it takes, and they would be served one by one. So where more may be on its way
 # (behind a call, and behind what must have come while the last batch was computed) a turn of the engine waits until so
 # many turns of the loop have brought nothing, but not for longer than the last one took, or this.
-GATHERING_TURNS = 4
+GATHERING_TURNS = 32
 GATHERING_SECONDS = 0.002
 AT_ONCE_SECONDS = 0.0001
 

@@ -126,7 +126,13 @@ class OutputArrays:
     @property
     def has_floats(self) -> bool:
         """Whether there is an array beside those of tokens."""
-        return any(array is not None for array in self._arrays()[2:])
+        return not (
+            self.logprobs is None
+            and self.top_logprobs is None
+            and self.head_outputs is None
+            and self.states is None
+            and self.gates is None
+        )
 
     @property
     def num_bytes(self) -> int:

@@ -169,7 +169,7 @@ class _StreamCall:
                 await self._waits
             events, self._events = self._events, []
             num_bytes, self._events_bytes = self._events_bytes, 0
-            for frame in encode_events(events, max_answer_bytes):
+            for frame in encode_events(events, num_bytes, max_answer_bytes):
                 await self._context.write(frame)
             self._written(events, num_bytes)
             if self._finishing and not self._events:
