@@ -75,6 +75,8 @@ class TickPlan:
 def plan_tick(counts: Indices, wants: NDArray[np.uint8]) -> TickPlan:
     """Plan a tick. counts: (B,) int64, tokens of each row, at least 1. wants: (N,) uint8, bits of Want."""
     num_rows, num_tokens = len(counts), len(wants)
+    if num_rows == num_tokens == 1 and counts[0] == 1:
+        return _plan_uniform_step(1, int(wants[0]))
     if num_rows == num_tokens and np.count_nonzero((wants == wants[0]) & (counts == 1)) == num_rows:
         return _plan_uniform_step(num_rows, int(wants[0]))
     ends = np.cumsum(counts)

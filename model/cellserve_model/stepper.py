@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -194,7 +194,11 @@ class CpuStepper:
         recorder.before(views)
         # Vectors of many steps go through one product: for few rows it takes as long as for one step's.
         is_projected = self.info.input_size is not None and len(plan.step_sizes) > 1 and self._device.type == "cpu"
-        parts = network.project(inputs, plan.step_sizes) if is_projected else torch.split(inputs, plan.step_sizes)
+        parts: Iterable[Tensor] = (inputs,)
+        if is_projected:
+            parts = network.project(inputs, plan.step_sizes)
+        elif len(plan.step_sizes) > 1:
+            parts = torch.split(inputs, plan.step_sizes)
         num_padding_rows = 0
         for step, (size, given) in enumerate(zip(plan.step_sizes, parts, strict=True), start=1):
             part = network.views(size)
@@ -225,8 +229,19 @@ class CpuStepper:
 
 
 def _ids(tensor: Tensor | None, *empty_shape: int) -> NDArray[np.uint32]:
-    return np.empty(empty_shape, np.uint32) if tensor is None else tensor.numpy().astype(np.uint32)
+    return _no_ids(empty_shape) if tensor is None else tensor.numpy().astype(np.uint32)
 
 
 def _floats(tensor: Tensor | None, *empty_shape: int) -> NDArray[np.float32]:
-    return np.empty(empty_shape, np.float32) if tensor is None else tensor.numpy()
+    return _no_floats(empty_shape) if tensor is None else tensor.numpy()
+
+
+# Nothing can be written to an array without numbers, so all results share one of each shape.
+@functools.lru_cache
+def _no_ids(shape: tuple[int, ...]) -> NDArray[np.uint32]:
+    return np.empty(shape, np.uint32)
+
+
+@functools.lru_cache
+def _no_floats(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    return np.empty(shape, np.float32)

@@ -20,11 +20,13 @@ from cellserve_service.store_requests import StoreRequest
 SWEEP_SECONDS = 1.0
 # gRPC brings one call, and one frame of a stream, in some turns of the event loop. A batch that began with the first
 # would hold up the next for as long as it takes, and they would be served one by one. So where more may be on its way
-# (behind a call, and behind what must have come while the last batch was computed) a turn of the engine waits until so
-# many turns of the loop have brought nothing, but not for longer than the last one took, or this.
+# a turn of the engine waits until so many turns of the loop have brought nothing, but not for longer than the last one
+# took, or GATHERING_SECONDS. More may be on its way behind a call, at once after a turn, and, where there is work left,
+# behind a turn so long that much has come meanwhile.
 GATHERING_TURNS = 32
 GATHERING_SECONDS = 0.002
 AT_ONCE_SECONDS = 0.0001
+LONG_TURN_SECONDS = 0.0003
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +128,7 @@ class EngineLoop:
         if events:
             self._deliver(events)
         if self._inbox or engine.has_work or self._is_checkpointing or self._is_sweeping:
+            self._gathers = self._gathers or self._turn_seconds > LONG_TURN_SECONDS
             self._ask_for_turn()
 
     def _checkpoint(self) -> None:

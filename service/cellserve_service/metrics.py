@@ -221,7 +221,8 @@ def _histogram(
 ) -> HistogramMetricFamily:
     family = HistogramMetricFamily(f"{prefix}{name}", help_text, labels=labels)
     for values, histogram in samples:
-        cumulative = np.cumsum(histogram.counts).tolist()
+        counts, total = histogram.read()
+        cumulative = np.cumsum(counts).tolist()
         bounds = [*(f"{bound:g}" for bound in histogram.bounds.tolist()), "+Inf"]
-        family.add_metric(values, list(zip(bounds, cumulative, strict=True)), histogram.total)
+        family.add_metric(values, list(zip(bounds, cumulative, strict=True)), total)
     return family

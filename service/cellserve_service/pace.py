@@ -2,8 +2,10 @@
 
 from typing import Final
 
-# What comes while a tick runs waits for its end, however fast or slow the model is.
-TICK_SECONDS: Final = 0.003
+# What comes while a tick runs waits for its end, however fast or slow the model is. Each part of a long run is also
+# answered by a message of its own, so parts are not made smaller than that wait demands.
+ROWS_SECONDS: Final = 0.003
+PARTS_SECONDS: Final = 0.01
 # Before the first tick has told how long a token takes.
 FIRST_TICK_TOKENS: Final = 512
 
@@ -17,12 +19,11 @@ class Pace:
     def __init__(self, efficient_batch: int) -> None:
         self._efficient_batch = efficient_batch
         self.num_left = 0
-        self._seconds_a_token = TICK_SECONDS / FIRST_TICK_TOKENS
+        self._seconds_a_token = PARTS_SECONDS / FIRST_TICK_TOKENS
 
-    @property
-    def num_tokens(self) -> int:
-        """How many tokens take the time of a tick."""
-        return int(TICK_SECONDS / self._seconds_a_token)
+    def num_tokens(self, *, is_mixed: bool) -> int:
+        """How many tokens the next tick takes, where some of its runs are long. is_mixed: others have one token."""
+        return int((ROWS_SECONDS if is_mixed else PARTS_SECONDS) / self._seconds_a_token)
 
     def num_rows(self, num_ready: int) -> int:
         """How many of the sessions that are ready the next tick takes.
@@ -30,7 +31,9 @@ class Pace:
         Half of many, then the other half: while one is stepped, the clients of the other read their answers, and send
         again.
         """
-        return max(self._efficient_batch, min(max(num_ready // 2, self.num_left), self.num_tokens))
+        return max(
+            self._efficient_batch, min(max(num_ready // 2, self.num_left), int(ROWS_SECONDS / self._seconds_a_token))
+        )
 
     def took(self, num_tokens: int, seconds: float) -> None:
         """A tick has taken so long."""

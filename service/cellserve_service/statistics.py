@@ -1,15 +1,18 @@
 """What the engine and the servicers count, as data; metrics.py exports it."""
 
-from bisect import bisect_left
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellserve_service.errors import Refusal, reason_name
+
+# Arrays, or values, that a histogram lays by.
+_MOST_NEW = 64
 
 
 def seconds_bounds(first: float = 50e-6, last: float = 60.0, ratio: float = 1.5) -> NDArray[np.float64]:
@@ -19,30 +22,57 @@ def seconds_bounds(first: float = 50e-6, last: float = 60.0, ratio: float = 1.5)
 
 
 class Histogram:
-    """Counts of values by upper bound; many values are counted by one array operation."""
+    """Counts of values by upper bound.
+
+    Values are laid by as they come, and counted many at a time: one thread observes, any thread may read.
+    """
 
     def __init__(self, bounds: NDArray[np.float64]) -> None:
         self.bounds = bounds
-        self._bounds: list[float] = bounds.tolist()
-        self.counts = np.zeros(len(bounds) + 1, np.int64)  # the last one: above every bound
-        self.total = 0.0
+        self._counts = np.zeros(len(bounds) + 1, np.int64)  # the last one: above every bound
+        self._total = 0.0
+        self._new: deque[NDArray[np.float64]] = deque()
+        self._new_ones: deque[float] = deque()
+        self._counting = Lock()
 
     def observe(self, values: NDArray[np.float64]) -> None:
-        if len(values) == 1:
-            self.observe_one(float(values[0]))
-            return
-        places = self.bounds.searchsorted(values)
-        self.counts += np.bincount(places, minlength=len(self.counts))
-        self.total += float(values.sum())
+        """Count values, (n,). The array is kept for a while."""
+        self._new.append(values)
+        if len(self._new) >= _MOST_NEW:
+            self._count()
 
     def observe_one(self, value: float) -> None:
-        self.counts[bisect_left(self._bounds, value)] += 1
-        self.total += value
+        self._new_ones.append(value)
+        if len(self._new_ones) >= _MOST_NEW:
+            self._count()
+
+    def read(self) -> tuple[NDArray[np.int64], float]:
+        """How many values are at most each bound and above the one before, those above all of them last; their sum."""
+        self._count()
+        with self._counting:
+            return self._counts.copy(), self._total
 
     def add(self, other: "Histogram") -> None:
         """Count what another one has counted, whose bounds are the same."""
-        self.counts = self.counts + other.counts
-        self.total += other.total
+        counts, total = other.read()
+        with self._counting:
+            self._counts += counts
+            self._total += total
+
+    def __getstate__(self) -> tuple[NDArray[np.float64], NDArray[np.int64], float]:
+        return self.bounds, *self.read()
+
+    def __setstate__(self, state: tuple[NDArray[np.float64], NDArray[np.int64], float]) -> None:
+        self.__init__(state[0])  # type: ignore[misc]
+        _, self._counts, self._total = state
+
+    def _count(self) -> None:
+        with self._counting:
+            new = [self._new.popleft() for _ in range(len(self._new))]
+            new.append(np.array([self._new_ones.popleft() for _ in range(len(self._new_ones))], np.float64))
+            values = np.concatenate(new)
+            self._counts += np.bincount(self.bounds.searchsorted(values), minlength=len(self._counts))
+            self._total += float(values.sum())
 
 
 class TickResult(Protocol):

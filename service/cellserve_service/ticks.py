@@ -33,7 +33,7 @@ def begin_run_tick(core: Core, served: ServedModel) -> RunTick | None:
         tokens = requests.token_pool.rows[first]
         wants = specs.wants_last[spec]
     else:
-        counts = np.minimum(remaining, _slice_lengths(core, served, spec))
+        counts = np.minimum(remaining, _slice_lengths(core, served, spec, is_mixed=bool(remaining.min() == 1)))
         tokens = requests.token_pool.rows[ragged_indices(first, counts)]
         wants = np.repeat(specs.wants_every[spec], counts)
         ends = counts == remaining
@@ -55,11 +55,11 @@ def _count_begun(core: Core, served: ServedModel, runs: IntArray, asked: IntArra
         statistics.step_queue.observe(core.now - table.requests.accepted_at[asked[begins]])
 
 
-def _slice_lengths(core: Core, served: ServedModel, spec: IntArray) -> IntArray:
+def _slice_lengths(core: Core, served: ServedModel, spec: IntArray, *, is_mixed: bool) -> IntArray:
     """How many tokens each run of the batch may advance at most."""
     limits, specs = core.limits, served.specs
     token_bytes = np.where(specs.is_every[spec], specs.row_bytes[spec], 1)
-    in_all = min(limits.max_sliced_tick_tokens, served.pace.num_tokens)
+    in_all = min(limits.max_sliced_tick_tokens, served.pace.num_tokens(is_mixed=is_mixed))
     fair = min(limits.max_slice_tokens, max(1, in_all // len(spec)))
     within_tick = MAX_TICK_OUTPUT_BYTES // (int(token_bytes.max()) * len(spec))
     lengths: IntArray = np.minimum(min(fair, within_tick), limits.max_answer_bytes // token_bytes)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cellserve_service.pace import FIRST_TICK_TOKENS, TICK_SECONDS, Pace
+from cellserve_service.pace import FIRST_TICK_TOKENS, PARTS_SECONDS, ROWS_SECONDS, Pace
 
 
 @pytest.fixture
@@ -31,18 +31,20 @@ def test_many_are_taken_in_two_halves_whatever_was_before(pace: Pace) -> None:
 
 
 def test_a_tick_takes_as_many_tokens_as_the_last_ones_speed_allows(pace: Pace) -> None:
-    pace.took(100, 100 * TICK_SECONDS / 500)
-    assert pace.num_tokens == pytest.approx(500, abs=1)
+    pace.took(100, 100 * ROWS_SECONDS / 500)
     assert taken(pace, 10_000) == pytest.approx(500, abs=1)
+    pace.took(100, 100 * PARTS_SECONDS / 500)
+    assert pace.num_tokens(is_mixed=False) == pytest.approx(500, abs=1)
+    assert pace.num_tokens(is_mixed=True) == pytest.approx(500 * ROWS_SECONDS / PARTS_SECONDS, abs=1)
     pace.took(10, 1.0)
-    assert pace.num_tokens == 0
+    assert pace.num_tokens(is_mixed=False) == 0
     assert taken(pace, 10_000) == 128
 
 
 def test_before_the_first_tick_its_speed_is_a_guess() -> None:
     pace = Pace(efficient_batch=16)
-    assert pace.num_tokens == pytest.approx(FIRST_TICK_TOKENS, abs=1)
-    assert taken(pace, 10_000) == pytest.approx(FIRST_TICK_TOKENS, abs=1)
+    assert pace.num_tokens(is_mixed=False) == pytest.approx(FIRST_TICK_TOKENS, abs=1)
+    assert taken(pace, 10_000) == pytest.approx(FIRST_TICK_TOKENS * ROWS_SECONDS / PARTS_SECONDS, abs=1)
 
 
 def test_a_device_that_takes_all_at_once_is_given_all() -> None:

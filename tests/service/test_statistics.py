@@ -1,6 +1,9 @@
 """What is counted, and that counting many values is counting each."""
 
+import pickle
+
 import numpy as np
+import pytest
 
 from cellserve_service.limits import EngineLimits
 from cellserve_service.statistics import Histogram, seconds_bounds
@@ -20,11 +23,26 @@ def test_counting_many_values_is_counting_each() -> None:
     together.observe(values)
     for value in values.tolist():
         apart.observe_one(value)
-    assert together.counts.tolist() == apart.counts.tolist()
-    assert together.counts.sum() == len(values)
-    assert together.counts[0] == 2
-    assert together.counts[-1] == 1
-    assert together.total == apart.total
+    assert together.read()[0].tolist() == apart.read()[0].tolist()
+    assert together.read()[0].sum() == len(values)
+    assert together.read()[0][0] == 2
+    assert together.read()[0][-1] == 1
+    assert together.read()[1] == apart.read()[1]
+
+
+def test_what_was_laid_by_is_counted_whoever_asks() -> None:
+    one, other = Histogram(seconds_bounds()), Histogram(seconds_bounds())
+    for number in range(1000):
+        one.observe(np.array([0.001, 0.01 * number]))
+        one.observe_one(0.002)
+    sent: Histogram = pickle.loads(pickle.dumps(one))  # noqa: S301 - as it goes from a worker to the engine's process
+    other.add(one)
+    for histogram in (one, sent, other):
+        counts, total = histogram.read()
+        assert counts.sum() == 3000
+        assert total == pytest.approx(1000 * 0.003 + 0.01 * 999 * 500)
+    sent.observe_one(1.0)
+    assert sent.read()[0].sum() == 3001
 
 
 def test_tokens_ticks_and_waiting_times_are_counted() -> None:
@@ -41,11 +59,11 @@ def test_tokens_ticks_and_waiting_times_are_counted() -> None:
     driver.settle()
     model = driver.statistics.models[0]
     assert (model.steps_run, model.steps_generated) == (3, 20)
-    assert model.step_queue.counts.sum() == 1
-    assert model.step_queue.total == 0.5
-    assert model.tick_duration.total == 0.25
-    assert model.tick_duration.counts.sum() == model.batch_size.counts.sum() == 4
-    assert model.inter_token.counts.sum() == 4
+    assert model.step_queue.read()[0].sum() == 1
+    assert model.step_queue.read()[1] == 0.5
+    assert model.tick_duration.read()[1] == 0.25
+    assert model.tick_duration.read()[0].sum() == model.batch_size.read()[0].sum() == 4
+    assert model.inter_token.read()[0].sum() == 4
     assert model.sessions_opened == 1
 
 
@@ -58,4 +76,4 @@ def test_refusals_and_ends_are_counted_by_reason() -> None:
     assert driver.statistics.run_failures == {"SESSION_LIMIT": 1, "INVALID_INPUT": 1}
     assert driver.statistics.sessions_rejected == {"SESSION_LIMIT": 1}
     assert driver.statistics.sessions_closed == {"SESSION_CLOSED": 1}
-    assert driver.statistics.session_lifetime.counts.sum() == 1
+    assert driver.statistics.session_lifetime.read()[0].sum() == 1
