@@ -47,5 +47,8 @@ def cpu_seconds(pid: int) -> float:
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of another process that is resident now."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """What a process has in memory; exact, where VmRSS is behind by some pages of each thread."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Rss:"):
+            return 1024 * int(line.split()[1])
+    raise ValueError(f"process {pid} does not tell what it has resident")

@@ -1,4 +1,4 @@
-"""Samples on the device: x ~ head(h), then h = step(x, h), for all rows of a tick and a number of tokens.
+"""Samples: x ~ head(h), then h = step(x, h), for all rows of a tick and a number of tokens.
 
 Symbols: B rows, T tokens to sample, Q stop tokens.
 """
@@ -65,21 +65,21 @@ def generate(network: SteppingNetwork, views: RowViews, request: GenerateRequest
 
     A row whose stop token has been consumed keeps its state from then on.
     """
-    device, num_rows = network.device, len(request.positions)
+    num_rows = len(request.positions)
     settings = SamplingSettings(
-        temperatures=to_tensor(request.temperatures.astype(np.float64), device),
-        top_ks=to_tensor(request.top_ks, device),
-        top_ps=to_tensor(request.top_ps.astype(np.float64), device),
+        temperatures=to_tensor(request.temperatures.astype(np.float64)),
+        top_ks=to_tensor(request.top_ks),
+        top_ps=to_tensor(request.top_ps.astype(np.float64)),
         all_greedy=bool((request.temperatures == 0).all()),
         any_filter=bool(((request.top_ks > 0) | (request.top_ps < 1)).any()),
     )
-    uniform = _uniforms(request, device)  # (T, B) float64
+    uniform = _uniforms(request)  # (T, B) float64
     has_stops = bool((request.stop_tokens >= 0).any())
-    stops = to_tensor(request.stop_tokens, device)
-    tokens = torch.empty(request.num_tokens, num_rows, dtype=torch.int64, device=device)
-    logprobs = torch.empty(request.num_tokens, num_rows, device=device)
-    counts = torch.full((num_rows,), 0 if has_stops else request.num_tokens, dtype=torch.int64, device=device)
-    alive = torch.ones(num_rows, dtype=torch.bool, device=device)
+    stops = to_tensor(request.stop_tokens)
+    tokens = torch.empty(request.num_tokens, num_rows, dtype=torch.int64)
+    logprobs = torch.empty(request.num_tokens, num_rows)
+    counts = torch.full((num_rows,), 0 if has_stops else request.num_tokens, dtype=torch.int64)
+    alive = torch.ones(num_rows, dtype=torch.bool)
     for step in range(request.num_tokens):
         logits = network.head(views.padded_top_hidden)  # (B', O')
         totals = torch.logsumexp(logits, dim=1)  # (B',)
@@ -95,15 +95,15 @@ def generate(network: SteppingNetwork, views: RowViews, request: GenerateRequest
         torch.where(alive.unsqueeze(1), views.states, kept, out=views.states)
         counts += alive
         alive &= (sampled.unsqueeze(1) != stops).all(1)
-        if device.type == "cpu" and not bool(alive.any()):
+        if not bool(alive.any()):
             tokens[step + 1 :].zero_()
             logprobs[step + 1 :].zero_()
             break
     return GeneratedTensors(tokens=tokens, logprobs=logprobs, counts=counts)
 
 
-def _uniforms(request: GenerateRequest, device: torch.device) -> Tensor:
+def _uniforms(request: GenerateRequest) -> Tensor:
     """The random number of each token, (T, B) float64: a function of the seed and the token's position."""
     positions = request.positions + np.arange(request.num_tokens)[:, None]  # (T, B)
     seeds = np.broadcast_to(request.seeds.view(np.int64), positions.shape)
-    return uniforms(to_tensor(seeds, device), to_tensor(positions, device))
+    return uniforms(to_tensor(seeds), to_tensor(positions))

@@ -72,14 +72,13 @@ def load_stepper(
         network = SteppingNetwork(
             files.config,
             files.tensors,
-            chosen,
             max_batch,
             deterministic=deterministic,
             bfloat16=weights == "bfloat16",
         )
         if weights == "bfloat16":
             _check_drift(f"{name} version {version}", network, files)
-        slab = Slab(files.config, num_slots, network.width, chosen)
+        slab = Slab(files.config, num_slots, network.width)
         return CpuStepper(_information(files, name, version, chosen), network, slab, num_threads=num_threads)
 
 

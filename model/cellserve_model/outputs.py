@@ -5,11 +5,10 @@ Symbols: M moments (hidden vectors) that the head runs on, H' hidden size, O' ou
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cellserve_model.kernels import LayerViews
@@ -25,7 +24,7 @@ _MAX_LOGITS_AT_ONCE = 4 * 2**20
 
 @dataclass(slots=True)
 class OutputTensors:
-    """The outputs of a tick on the device, None where nobody asked."""
+    """The outputs of a tick, None where nobody asked."""
 
     next_tokens: Tensor | None = None
     top_tokens: Tensor | None = None
@@ -34,16 +33,6 @@ class OutputTensors:
     logits: Tensor | None = None
     states: Tensor | None = None
     gates: Tensor | None = None
-
-    def to_host(self) -> OutputTensors:
-        """Enqueue the copies to pinned host memory; the values are there once the stream has got so far."""
-        return OutputTensors(
-            **{
-                field.name: None if tensor is None else tensor.to("cpu", non_blocking=True)
-                for field in fields(self)
-                for tensor in (getattr(self, field.name),)
-            }
-        )
 
 
 class Recorder:
@@ -57,15 +46,15 @@ class Recorder:
         self._moments: Tensor | None = None  # (M, H')
         if head is not None and not self._direct:
             rows = network.padded_rows(head.num_moments)
-            self._moments = torch.empty(rows, network.width, device=network.device)
+            self._moments = torch.empty(rows, network.width)
         self.outputs = OutputTensors()
         if plan.states is not None:
             shape = (plan.states.num_tokens, config.num_layers, config.state_size)
-            self.outputs.states = torch.empty(shape, device=network.device)
+            self.outputs.states = torch.empty(shape)
         if plan.gates is not None:
             num_gates = len(config.spec.gate_names)
             shape4 = (plan.gates.num_tokens, num_gates, config.num_layers, config.hidden_size)
-            self.outputs.gates = torch.empty(shape4, device=network.device)
+            self.outputs.gates = torch.empty(shape4)
 
     def before(self, views: RowViews) -> None:
         """Remember what is asked of the states before the first token."""
@@ -101,8 +90,6 @@ class Recorder:
         observed = None
         if tokens is not None and _size(head.logprob_tokens):
             observed = self._select(tokens, head.logprob_tokens)
-        if network.device.type == "cuda" and network.deterministic:
-            rows_at_once = network.max_rows  # one shape of product, as for the cells
         if head.num_moments <= rows_at_once:
             self._chunk(self.outputs, head, self._moments, observed, top_k)
         else:
@@ -157,17 +144,14 @@ class Recorder:
         if capture is None:
             return
         if capture.ranks is not None:
-            source = source.index_select(0, self._tensor(capture.ranks))
+            source = source.index_select(0, to_tensor(capture.ranks))
         if isinstance(capture.places, slice):
             target[capture.places].copy_(source)
         else:
-            target.index_copy_(0, self._tensor(capture.places), source)
+            target.index_copy_(0, to_tensor(capture.places), source)
 
     def _select(self, source: Tensor, places: Places) -> Tensor:
-        return source[places] if isinstance(places, slice) else source.index_select(0, self._tensor(places))
-
-    def _tensor(self, indices: NDArray[np.int64]) -> Tensor:
-        return to_tensor(indices, self._network.device)
+        return source[places] if isinstance(places, slice) else source.index_select(0, to_tensor(places))
 
     def _unpadded(self, states: Tensor) -> Tensor:
         """(B, L*S') to (B, L, state_size)."""
@@ -191,8 +175,8 @@ def _is_direct(plan: TickPlan, head: HeadPlan) -> bool:
 
 
 def _argmax(logits: Tensor) -> Tensor:
-    # On a CPU numpy's is vectorised over a row, torch's takes as long as the product before it.
-    return torch.from_numpy(logits.numpy().argmax(1)) if logits.device.type == "cpu" else logits.argmax(1)
+    # numpy's is vectorised over a row, torch's takes as long as the product before it.
+    return torch.from_numpy(logits.numpy().argmax(1))
 
 
 def _size(places: Places) -> int:

@@ -77,8 +77,8 @@ def rounded(weight: Tensor) -> Weight:
 
 
 def fastest(weight: Tensor) -> Weight:
-    """A weight (K, N) on any device for the fastest product at any number of rows."""
-    if weight.device.type == "cpu" and weight.nbytes >= LARGE_BYTES and can_pack():
+    """A weight (K, N) for the fastest product at any number of rows."""
+    if weight.nbytes >= LARGE_BYTES and can_pack():
         return packed(weight, 2)
     return Weight(weight)
 

@@ -1,4 +1,4 @@
-"""The slab: all resident states of a model in one preallocated tensor, one row for each slot.
+"""The slab: all resident states of a model in one preallocated array, one row for each slot.
 
 Slot 0 is scratch, for padding rows; it belongs to no session. Symbols: S slots, L layers, H hidden size.
 """
@@ -22,7 +22,7 @@ class Slab:
     width: H', the padded hidden size. Raises DeviceError where the memory is not to be had.
     """
 
-    def __init__(self, config: ModelConfig, num_slots: int, width: int, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, num_slots: int, width: int) -> None:
         if num_slots < 1:
             raise ValueError(f"num_slots is {num_slots}; a slab has at least one slot")
         self.num_slots = num_slots
@@ -30,35 +30,28 @@ class Slab:
         self._hidden_size, self._state_size = config.hidden_size, config.state_size
         shape = (num_slots + 1, config.num_layers * config.spec.state_vectors * width)
         try:
-            # On a CPU numpy's zeros are pages that cost nothing until a session first uses its slot.
-            self.rows: Tensor = (
-                torch.from_numpy(np.zeros(shape, dtype=np.float32))
-                if device.type == "cpu"
-                else torch.zeros(shape, device=device)
-            )
-        except (MemoryError, torch.OutOfMemoryError) as error:
+            # numpy's zeros are pages that cost nothing until a session first uses its slot.
+            self._array = np.zeros(shape, dtype=np.float32)
+        except MemoryError as error:
             gibibytes = 4 * shape[0] * shape[1] / 2**30
             raise DeviceError(
-                f"{num_slots} slots need {gibibytes:.1f} GiB on {device}, which are not free; use fewer slots"
+                f"{num_slots} slots need {gibibytes:.1f} GiB of memory, which are not free; use fewer slots"
             ) from error
-        self._array = self.rows.numpy() if device.type == "cpu" else None
+        self.rows = torch.from_numpy(self._array)
 
     def gather(self, slots: Tensor, out: Tensor) -> None:
-        """Copy the rows of `slots` (B,) int64 to `out` (B, L * S'), on the device."""
+        """Copy the rows of `slots` (B,) int64 to `out` (B, L * S')."""
         torch.index_select(self.rows, 0, slots, out=out)
 
     def scatter(self, slots: Tensor, states: Tensor) -> None:
-        """Copy `states` (B, L * S') to the rows of `slots` (B,) int64, on the device; slot 0 may come repeatedly."""
-        if self._array is not None:
-            self._array[slots.numpy()] = states.numpy()  # three times as fast as torch's own
-        else:
-            self.rows.index_copy_(0, slots, states)
+        """Copy `states` (B, L * S') to the rows of `slots` (B,) int64; slot 0 may come repeatedly."""
+        self._array[slots.numpy()] = states.numpy()  # three times as fast as torch's own
 
     def read(self, slots: NDArray[np.int64]) -> NDArray[np.float32]:
         """Copy states out: (B, L, state_size) float32."""
-        gathered = self.rows.index_select(0, to_tensor(slots, self.rows.device)).view(-1, *self._shape)
+        gathered = self.rows.index_select(0, to_tensor(slots)).view(-1, *self._shape)
         states = gathered[..., : self._hidden_size].reshape(len(slots), self._shape[0], self._state_size)
-        copied: NDArray[np.float32] = states.cpu().numpy()
+        copied: NDArray[np.float32] = states.numpy()
         return copied
 
     def write(self, slots: NDArray[np.int64], states: NDArray[np.float32]) -> None:
@@ -67,24 +60,21 @@ class Slab:
         if states.shape != wanted:
             raise ValueError(f"states have shape {states.shape}; these slots hold {wanted}")
         rows = self.rows.new_zeros(len(slots), *self._shape)
-        given = to_tensor(np.asarray(states, dtype=np.float32), self.rows.device)
+        given = to_tensor(np.asarray(states, dtype=np.float32))
         rows[..., : self._hidden_size] = given.view(len(slots), *self._shape[:2], self._hidden_size)
-        self.scatter(to_tensor(slots, self.rows.device), rows.flatten(1))
+        self.scatter(to_tensor(slots), rows.flatten(1))
 
     def zero(self, slots: NDArray[np.int64]) -> None:
-        self.rows.index_fill_(0, to_tensor(slots, self.rows.device), 0.0)
+        self.rows.index_fill_(0, to_tensor(slots), 0.0)
 
     def copy(self, source_slots: NDArray[np.int64], target_slots: NDArray[np.int64]) -> None:
         """Copy states from slot to slot, all read before any is written. target_slots: unique."""
-        sources = self.rows.index_select(0, to_tensor(source_slots, self.rows.device))
-        self.scatter(to_tensor(target_slots, self.rows.device), sources)
+        sources = self.rows.index_select(0, to_tensor(source_slots))
+        self.scatter(to_tensor(target_slots), sources)
 
 
-def to_tensor(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """An array as a tensor on the device; the copy to a GPU goes through pinned memory and does not wait."""
+def to_tensor(array: NDArray[np.generic]) -> Tensor:
+    """An array as a tensor, of the same memory where torch may write to it."""
     if not array.flags.writeable or not array.flags.c_contiguous:
         array = array.copy()  # torch warns of memory that it may not write to
-    tensor = torch.from_numpy(array)
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True) if array.size else tensor.to(device)
+    return torch.from_numpy(array)

@@ -58,7 +58,6 @@ class CpuStepper:
         self.num_slots = slab.num_slots
         self.max_batch = network.max_rows
         self.efficient_batch = min(self.max_batch, _EFFICIENT_BATCH)
-        self._device = network.device
         self._num_threads = num_threads
         self._network = network
         self._slab = slab
@@ -116,10 +115,10 @@ class CpuStepper:
         request = GenerateRequest(num_tokens, positions, seeds, temperatures, top_ks, top_ps, stop_tokens)
         with torch.inference_mode():
             started = time.perf_counter()
-            views, on_device = self._network.views(len(slots)), to_tensor(slots, self._device)
-            self._slab.gather(on_device, views.states)
+            views, rows = self._network.views(len(slots)), to_tensor(slots)
+            self._slab.gather(rows, views.states)
             outputs = generate(self._network, views, request)
-            self._slab.scatter(on_device, views.states)
+            self._slab.scatter(rows, views.states)
             num_padding_rows = num_tokens * (self._network.padded_rows(len(slots)) - len(slots))
             return Ticket(lambda seconds: outputs.result(num_padding_rows, seconds), time.perf_counter() - started)
 
@@ -152,11 +151,11 @@ class CpuStepper:
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
         with torch.inference_mode():
-            for num_rows in {1, self.max_batch}:
+            for num_rows in {1, self.efficient_batch}:
                 views = self._network.views(num_rows)
                 shape = (num_rows,) if self.info.input_size is None else (num_rows, self.info.input_size)
                 dtype = torch.int64 if self.info.input_size is None else torch.float32
-                self._network.advance(views, torch.zeros(shape, dtype=dtype, device=self._device))
+                self._network.advance(views, torch.zeros(shape, dtype=dtype))
                 if self.info.output_size is not None:
                     self._network.head(views.padded_top_hidden).argmax(1)
             self._slab.rows[0].zero_()
@@ -174,16 +173,16 @@ class CpuStepper:
     ) -> tuple[int, OutputTensors]:
         network = self._network
         is_tokens = self.info.vocab_size is not None
-        observed = to_tensor(tokens.astype(np.int64), self._device) if is_tokens else None
+        observed = to_tensor(tokens.astype(np.int64)) if is_tokens else None
         if plan.token_order is None:
-            inputs = observed if observed is not None else to_tensor(tokens, self._device)
+            inputs = observed if observed is not None else to_tensor(tokens)
         elif observed is not None:
-            inputs = observed.index_select(0, to_tensor(plan.token_order, self._device))
+            inputs = observed.index_select(0, to_tensor(plan.token_order))
         else:
-            inputs = to_tensor(tokens[plan.token_order], self._device)
-        on_device = to_tensor(slots if plan.order is None else slots[plan.order], self._device)
+            inputs = to_tensor(tokens[plan.token_order])
+        rows = to_tensor(slots if plan.order is None else slots[plan.order])
         recorder = Recorder(network, plan)
-        num_padding_rows = self._run_steps(plan, on_device, inputs, recorder)
+        num_padding_rows = self._run_steps(plan, rows, inputs, recorder)
         return num_padding_rows, recorder.finish(observed, top_k)
 
     def _run_steps(self, plan: TickPlan, slots: Tensor, inputs: Tensor, recorder: Recorder) -> int:
@@ -193,7 +192,7 @@ class CpuStepper:
         slab.gather(slots, views.states)
         recorder.before(views)
         # Vectors of many steps go through one product: for few rows it takes as long as for one step's.
-        is_projected = self.info.input_size is not None and len(plan.step_sizes) > 1 and self._device.type == "cpu"
+        is_projected = self.info.input_size is not None and len(plan.step_sizes) > 1
         parts: Iterable[Tensor] = (inputs,)
         if is_projected:
             parts = network.project(inputs, plan.step_sizes)

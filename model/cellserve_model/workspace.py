@@ -17,7 +17,6 @@ from cellserve_model.config import ModelConfig
 from cellserve_model.determinism import WIDTH_MULTIPLE, choose_blocking
 from cellserve_model.kernels import (
     LayerViews,
-    PreparedLayer,
     advance_layer,
     pad_to_multiple,
     part_sizes,
@@ -62,7 +61,6 @@ class SteppingNetwork:
         self,
         config: ModelConfig,
         tensors: dict[str, Tensor],
-        device: torch.device,
         max_rows: int,
         *,
         deterministic: bool,
@@ -70,18 +68,16 @@ class SteppingNetwork:
     ) -> None:
         multiple = WIDTH_MULTIPLE if deterministic else 1
         self.config = config
-        self.device = device
         self.max_rows = max_rows
         self.deterministic = deterministic
         self._bfloat16 = bfloat16
-        self.layers = [_moved(layer, device) for layer in prepare_layers(config, tensors, multiple)]
+        self.layers = prepare_layers(config, tensors, multiple)
         self.width = pad_to_multiple(config.hidden_size, multiple)  # H'
         self.state_width = config.spec.state_vectors * self.width  # S'
         self.head_weight: Tensor | None = None
         self.head_bias: Tensor | None = None
         if config.output_size is not None:
-            weight, bias = prepare_head(tensors, multiple)
-            self.head_weight, self.head_bias = weight.to(device), bias.to(device)
+            self.head_weight, self.head_bias = prepare_head(tensors, multiple)
         self._row_multiple, self._block_rows, prepare = self._choose_products()
         of_hidden = rounded if bfloat16 else prepare
         self._recurrent = [[of_hidden(weight) for weight in layer.recurrent_weights] for layer in self.layers]
@@ -91,12 +87,12 @@ class SteppingNetwork:
         ]
         self._head = None if self.head_weight is None else prepare(self.head_weight)
         rows = self.padded_rows(max_rows)
-        self._states = torch.zeros(rows, config.num_layers, self.state_width, device=device)
-        self._products = torch.zeros(rows, config.spec.num_blocks * self.width, device=device)
-        self._scratch = torch.zeros(rows, self.width, device=device)
+        self._states = torch.zeros(rows, config.num_layers, self.state_width)
+        self._products = torch.zeros(rows, config.spec.num_blocks * self.width)
+        self._scratch = torch.zeros(rows, self.width)
         self._inputs: Tensor | None = None
         if config.input_size is not None:
-            self._inputs = torch.zeros(rows, pad_to_multiple(config.input_size, multiple), device=device)
+            self._inputs = torch.zeros(rows, pad_to_multiple(config.input_size, multiple))
         self._views: dict[int, RowViews] = {}
 
     def padded_rows(self, num_rows: int) -> int:
@@ -187,9 +183,6 @@ class SteppingNetwork:
         """The multiple that rows are padded to, the most rows of a product, and how weights are prepared for it."""
         if not self.deterministic:
             return 1, self.max_rows, fastest
-        if self.device.type != "cpu":
-            # A GPU library chooses its kernel by the shape of the product, so there is only one shape.
-            return self.max_rows, self.max_rows, fastest
         weights = [weight for layer in self.layers for weight in layer.recurrent_weights]
         weights += [layer.input_weight for layer in self.layers if layer.input_weight is not None]
         blocking = choose_blocking(weights if self.head_weight is None else [*weights, self.head_weight])
@@ -233,7 +226,7 @@ class SteppingNetwork:
         ]
 
     def _is_lone(self, number: int, blocks: Sequence[tuple[int, int]]) -> bool:
-        if self.deterministic or self.device.type != "cpu" or blocks[0][1] != 1:
+        if self.deterministic or blocks[0][1] != 1:
             return False
         # Reading half the bytes makes up for oneDNN's dearer calls only where there are many.
         return not self._bfloat16 or self._recurrent[number][0].plain.nbytes < _MANY_BYTES
@@ -265,17 +258,3 @@ class SteppingNetwork:
             multiply = bind_biased(weights[1], bias, hidden, scratch, num_rows)
             return first, lambda: (multiply(),)
         return (first,)
-
-
-def _moved(layer: PreparedLayer, device: torch.device) -> PreparedLayer:
-    def to(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device)
-
-    return PreparedLayer(
-        table=to(layer.table),
-        input_weight=to(layer.input_weight),
-        bias=to(layer.bias),
-        recurrent_weights=tuple(weight.to(device) for weight in layer.recurrent_weights),
-        recurrent_bias=to(layer.recurrent_bias),
-        leak=layer.leak,
-    )

@@ -50,13 +50,13 @@ class Histogram:
         """How many values are at most each bound and above the one before, those above all of them last; their sum."""
         self._count()
         with self._counting:
-            return self._counts.copy(), self._total
+            return self._counts, self._total
 
     def add(self, other: "Histogram") -> None:
         """Count what another one has counted, whose bounds are the same."""
         counts, total = other.read()
         with self._counting:
-            self._counts += counts
+            self._counts = self._counts + counts
             self._total += total
 
     def __getstate__(self) -> tuple[NDArray[np.float64], NDArray[np.int64], float]:
@@ -71,7 +71,8 @@ class Histogram:
             new = [self._new.popleft() for _ in range(len(self._new))]
             new.append(np.array([self._new_ones.popleft() for _ in range(len(self._new_ones))], np.float64))
             values = np.concatenate(new)
-            self._counts += np.bincount(self.bounds.searchsorted(values), minlength=len(self._counts))
+            # Not in place: what came from another process cannot be written to.
+            self._counts = self._counts + np.bincount(self.bounds.searchsorted(values), minlength=len(self._counts))
             self._total += float(values.sum())
 
 

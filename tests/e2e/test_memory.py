@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bench.raw_stream import RawStream
-from bench.scale import resident_bytes
+from bench.samples import resident_bytes
 from tests.support.models import write_tiny_model
 from tests.support.server import ServerProcess
 

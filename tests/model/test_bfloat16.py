@@ -32,9 +32,7 @@ needs_bfloat16 = pytest.mark.skipif(not can_bfloat16(), reason="this processor h
 
 def _drifts(files: ModelFiles, steps: tuple[int, ...], *, bfloat16: bool = True) -> list[float]:
     with torch.inference_mode():
-        network = SteppingNetwork(
-            files.config, files.tensors, torch.device("cpu"), 8, deterministic=False, bfloat16=bfloat16
-        )
+        network = SteppingNetwork(files.config, files.tensors, 8, deterministic=False, bfloat16=bfloat16)
         return measure_drift(network, files.config, files.tensors, steps)
 
 

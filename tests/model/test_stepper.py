@@ -275,7 +275,7 @@ def test_an_impossible_device_is_refused(tmp_path: Path, device: str, words: str
 
 def test_more_slots_than_memory_is_refused_with_their_size(tmp_path: Path) -> None:
     directory = _write(tmp_path, "gru", "tokens", 1)
-    with pytest.raises(DeviceError, match=r"slots need .* GiB on cpu, which are not free; use fewer slots"):
+    with pytest.raises(DeviceError, match=r"slots need .* GiB of memory, which are not free; use fewer slots"):
         load_stepper(directory, name="tiny", version=1, device="cpu", num_slots=10**13)
 
 

@@ -35,7 +35,10 @@ def test_what_was_laid_by_is_counted_whoever_asks() -> None:
     for number in range(1000):
         one.observe(np.array([0.001, 0.01 * number]))
         one.observe_one(0.002)
-    sent: Histogram = pickle.loads(pickle.dumps(one))  # noqa: S301 - as it goes from a worker to the engine's process
+    # As it goes from a worker to the engine's process: arrays in buffers of their own, which cannot be written to.
+    buffers: list[pickle.PickleBuffer] = []
+    encoded = pickle.dumps(one, pickle.HIGHEST_PROTOCOL, buffer_callback=buffers.append)
+    sent: Histogram = pickle.loads(encoded, buffers=[bytes(buffer) for buffer in buffers])  # noqa: S301
     other.add(one)
     for histogram in (one, sent, other):
         counts, total = histogram.read()

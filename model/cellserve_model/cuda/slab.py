@@ -16,7 +16,6 @@ from torch import Tensor
 from cellserve_model.config import ModelConfig
 from cellserve_model.cuda.tiles import padded_width
 from cellserve_model.errors import DeviceError
-from cellserve_model.slab import to_tensor
 
 __all__ = ["CudaSlab", "join_halves", "split_halves"]
 
@@ -77,7 +76,7 @@ class CudaSlab:
 
     def gather(self, rows: NDArray[np.int64]) -> Tensor:
         """The states in rows (B,) of the slab: (B, L, state_size) float32 on the device."""
-        halves = self.bits.index_select(0, to_tensor(rows, self._device))  # (B, L, vectors, 2, W)
+        halves = self.bits.index_select(0, _to_device(rows, self._device))  # (B, L, vectors, 2, W)
         return join_halves(halves)[..., : self._config.hidden_size].flatten(2)
 
     def write(self, slots: NDArray[np.int64], states: NDArray[np.float32]) -> None:
@@ -86,16 +85,26 @@ class CudaSlab:
         wanted = (len(slots), config.num_layers, config.state_size)
         if states.shape != wanted:
             raise ValueError(f"states have shape {states.shape}; these slots hold {wanted}")
-        given = to_tensor(np.asarray(states, dtype=np.float32), self._device)
+        given = _to_device(np.asarray(states, dtype=np.float32), self._device)
         rows = self.bits.new_zeros(len(slots), *self.bits.shape[1:])
         shaped = given.view(*wanted[:2], config.spec.state_vectors, config.hidden_size)
         rows[..., : config.hidden_size] = split_halves(shaped)
-        self.bits.index_copy_(0, to_tensor(self.rows(slots), self._device), rows)
+        self.bits.index_copy_(0, _to_device(self.rows(slots), self._device), rows)
 
     def zero(self, slots: NDArray[np.int64]) -> None:
-        self.bits.index_fill_(0, to_tensor(self.rows(slots), self._device), 0)
+        self.bits.index_fill_(0, _to_device(self.rows(slots), self._device), 0)
 
     def copy(self, source_slots: NDArray[np.int64], target_slots: NDArray[np.int64]) -> None:
         """Copy states from slot to slot, all read before any is written. target_slots: unique."""
-        sources = self.bits.index_select(0, to_tensor(self.rows(source_slots), self._device))
-        self.bits.index_copy_(0, to_tensor(self.rows(target_slots), self._device), sources)
+        sources = self.bits.index_select(0, _to_device(self.rows(source_slots), self._device))
+        self.bits.index_copy_(0, _to_device(self.rows(target_slots), self._device), sources)
+
+
+def _to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """The copy goes through pinned memory and does not wait."""
+    if not array.flags.writeable or not array.flags.c_contiguous:
+        array = array.copy()  # torch warns of memory that it may not write to
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor  # where kernels are interpreted
+    return tensor.pin_memory().to(device, non_blocking=True) if array.size else tensor.to(device)
