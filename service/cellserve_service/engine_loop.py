@@ -25,7 +25,7 @@ SWEEP_SECONDS = 1.0
 # behind a turn so long that much has come meanwhile.
 GATHERING_TURNS = 32
 GATHERING_SECONDS = 0.002
-AT_ONCE_SECONDS = 0.0001
+AT_ONCE_SECONDS = 0.0003
 LONG_TURN_SECONDS = 0.0003
 
 logger = logging.getLogger(__name__)

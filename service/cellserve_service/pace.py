@@ -3,9 +3,10 @@
 from typing import Final
 
 # What comes while a tick runs waits for its end, however fast or slow the model is. Each part of a long run is also
-# answered by a message of its own, so parts are not made smaller than that wait demands.
+# answered by a message of its own, so parts are small only where single tokens come, or came a moment ago.
 ROWS_SECONDS: Final = 0.003
 PARTS_SECONDS: Final = 0.01
+SINGLES_SECONDS: Final = 0.1
 # Before the first tick has told how long a token takes.
 FIRST_TICK_TOKENS: Final = 512
 
@@ -19,11 +20,14 @@ class Pace:
     def __init__(self, efficient_batch: int) -> None:
         self._efficient_batch = efficient_batch
         self.num_left = 0
+        self._singles_until = 0.0
         self._seconds_a_token = PARTS_SECONDS / FIRST_TICK_TOKENS
 
-    def num_tokens(self, *, is_mixed: bool) -> int:
-        """How many tokens the next tick takes, where some of its runs are long. is_mixed: others have one token."""
-        return int((ROWS_SECONDS if is_mixed else PARTS_SECONDS) / self._seconds_a_token)
+    def num_tokens(self, now: float, *, has_singles: bool) -> int:
+        """How many tokens the next tick takes, where some of its runs are long. has_singles: others have one token."""
+        if has_singles:
+            self._singles_until = now + SINGLES_SECONDS
+        return int((ROWS_SECONDS if now < self._singles_until else PARTS_SECONDS) / self._seconds_a_token)
 
     def num_rows(self, num_ready: int) -> int:
         """How many of the sessions that are ready the next tick takes.

@@ -33,7 +33,7 @@ def begin_run_tick(core: Core, served: ServedModel) -> RunTick | None:
         tokens = requests.token_pool.rows[first]
         wants = specs.wants_last[spec]
     else:
-        counts = np.minimum(remaining, _slice_lengths(core, served, spec, is_mixed=bool(remaining.min() == 1)))
+        counts = np.minimum(remaining, _slice_lengths(core, served, spec, remaining))
         tokens = requests.token_pool.rows[ragged_indices(first, counts)]
         wants = np.repeat(specs.wants_every[spec], counts)
         ends = counts == remaining
@@ -51,16 +51,20 @@ def _count_begun(core: Core, served: ServedModel, runs: IntArray, asked: IntArra
     statistics, table = core.statistics.models[served.index], served.runs
     statistics.batch_size.observe_one(len(runs))
     begins = table.status[runs] == Status.WAITING
-    if np.count_nonzero(begins):
-        statistics.step_queue.observe(core.now - table.requests.accepted_at[asked[begins]])
+    num_begins = np.count_nonzero(begins)
+    if num_begins:
+        begun = asked if num_begins == len(asked) else asked[begins]
+        statistics.step_queue.observe(core.now - table.requests.accepted_at[begun])
 
 
-def _slice_lengths(core: Core, served: ServedModel, spec: IntArray, *, is_mixed: bool) -> IntArray:
-    """How many tokens each run of the batch may advance at most."""
+def _slice_lengths(core: Core, served: ServedModel, spec: IntArray, remaining: IntArray) -> IntArray:
+    """How many tokens each run of the batch may advance at most. Long runs share what single tokens leave."""
     limits, specs = core.limits, served.specs
     token_bytes = np.where(specs.is_every[spec], specs.row_bytes[spec], 1)
-    in_all = min(limits.max_sliced_tick_tokens, served.pace.num_tokens(is_mixed=is_mixed))
-    fair = min(limits.max_slice_tokens, max(1, in_all // len(spec)))
+    num_long = int(np.count_nonzero(remaining > 1))
+    num_single = len(spec) - num_long
+    in_all = min(limits.max_sliced_tick_tokens, served.pace.num_tokens(core.now, has_singles=num_single > 0))
+    fair = min(limits.max_slice_tokens, max(1, (in_all - num_single) // num_long))
     within_tick = MAX_TICK_OUTPUT_BYTES // (int(token_bytes.max()) * len(spec))
     lengths: IntArray = np.minimum(min(fair, within_tick), limits.max_answer_bytes // token_bytes)
     return np.maximum(lengths, 1)

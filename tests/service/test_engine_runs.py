@@ -90,7 +90,7 @@ def test_a_run_without_a_position_is_appended_to_an_idle_session_and_refused_beh
 
 
 def test_a_long_run_is_sliced_so_that_a_single_step_need_not_wait_for_it() -> None:
-    limits = EngineLimits(max_sessions=4, max_slice_tokens=8, max_sliced_tick_tokens=12)
+    limits = EngineLimits(max_sessions=4, max_slice_tokens=10, max_sliced_tick_tokens=9)
     driver = Driver(limits)
     stream = driver.new_stream()
     long, short = driver.opened(stream, "long"), driver.opened(stream, "short")
@@ -101,8 +101,8 @@ def test_a_long_run_is_sliced_so_that_a_single_step_need_not_wait_for_it() -> No
     driver.begin()
     assert driver.ticks[0].rows.tolist() == [driver.plain_of(name).row for name in ("short", "long")]
     driver.finish()
-    assert driver.steppers[0].batches[0].tolist() == [8]
-    assert driver.steppers[0].batches[1].tolist() == [1, 6]
+    assert driver.steppers[0].batches[0].tolist() == [9]
+    assert driver.steppers[0].batches[1].tolist() == [1, 8]
     driver.end()
 
 
