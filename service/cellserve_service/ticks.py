@@ -15,6 +15,9 @@ from cellserve_service.scheduling import MAX_TICK_OUTPUT_BYTES, choose_sessions,
 from cellserve_service.served import ServedModel
 from cellserve_service.stepping import IntArray, StepResult
 
+# Outputs of one part of a long run: what comes on top for a reader who has ceased to read.
+MAX_PART_BYTES = 65_536
+
 
 def begin_run_tick(core: Core, served: ServedModel) -> RunTick | None:
     """Choose a batch and submit it; None when no session is ready for one."""
@@ -66,7 +69,8 @@ def _slice_lengths(core: Core, served: ServedModel, spec: IntArray, remaining: I
     in_all = min(limits.max_sliced_tick_tokens, served.pace.num_tokens(core.now, has_singles=num_single > 0))
     fair = min(limits.max_slice_tokens, max(1, (in_all - num_single) // num_long))
     within_tick = MAX_TICK_OUTPUT_BYTES // (int(token_bytes.max()) * len(spec))
-    lengths: IntArray = np.minimum(min(fair, within_tick), limits.max_answer_bytes // token_bytes)
+    most_bytes = min(limits.max_answer_bytes, MAX_PART_BYTES)
+    lengths: IntArray = np.minimum(min(fair, within_tick), most_bytes // token_bytes)
     return np.maximum(lengths, 1)
 
 

@@ -14,7 +14,7 @@ from tests.support.stream import outputs
 from tests.support.wire import LONG, SMALL_WINDOW, Follower, Wire
 
 MAX_UNSENT_BYTES = 65_536
-# Ticks of 32 tokens with 2 KB of state each come on top, before the engine hears that the stream rests.
+# Parts of 32 tokens with 2 KB of state each (64 KB) come on top, before the engine hears that the stream rests.
 MOST_UNSENT_BYTES = MAX_UNSENT_BYTES + 4 * 32 * (2048 + 64)
 
 
