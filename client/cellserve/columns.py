@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cellserve.v1 import stream_pb2, values_pb2
 
-__all__ = ["StreamRequest", "StreamResponse", "read_column", "write_column", "write_field"]
+__all__ = ["StreamRequest", "StreamResponse", "field_head", "read_column", "write_column", "write_field"]
 
 _LENGTH_DELIMITED = 2
 _PACKAGE = "cellserve.columns"
@@ -68,21 +68,29 @@ def read_column(column: bytes, dtype: str) -> NDArray[Any]:
     return np.frombuffer(column, dtype)
 
 
-def write_field(number: int, payload: bytes) -> bytes:
-    """A field that carries its length: a message, a string, bytes or a packed column. number: at most 15."""
-    length = len(payload)
+def field_head(number: int, length: int) -> bytes:
+    """What stands before a field that carries its length: a message, a string, bytes or a packed column.
+
+    number: at most 15. length: bytes of its content.
+    """
+    tag = number << 3 | _LENGTH_DELIMITED
     if length < 0x80:
-        return bytes((number << 3 | _LENGTH_DELIMITED, length)) + payload
-    encoded = bytearray((number << 3 | _LENGTH_DELIMITED,))
+        return bytes((tag, length))
+    head = bytearray((tag,))
     while length > 0x7F:
-        encoded.append(length & 0x7F | 0x80)
+        head.append(length & 0x7F | 0x80)
         length >>= 7
-    encoded.append(length)
-    return bytes(encoded) + payload
+    head.append(length)
+    return bytes(head)
+
+
+def write_field(number: int, payload: bytes) -> bytes:
+    """The whole field."""
+    return field_head(number, len(payload)) + payload
 
 
 def write_column(numbers: NDArray[Any], dtype: str) -> bytes:
-    """A column's bytes. dtype: '<u4' or '<u8'; the numbers are none below zero."""
+    """A column's bytes. dtype: '<u4', '<u8' or '<f4'; whole numbers are none below zero."""
     if numbers.itemsize != int(dtype[-1]) or sys.byteorder != "little":
         numbers = numbers.astype(dtype)
     return numbers.tobytes()

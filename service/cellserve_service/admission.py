@@ -36,14 +36,14 @@ class Admission:
 
     def submit(self, commands: Sequence[SubmitRuns]) -> None:
         """Accept the rows of commands that are alike or refuse them, row by row; accepted ones are queued."""
-        core, command = self._core, commands[0]
-        if len(commands) > 1 and not self._are_of_one_model(commands):
-            for one in commands:
-                self.submit([one])
-            return
         arrivals = self._resolve(commands)
-        if not len(arrivals):
-            return
+        if len(arrivals):
+            for of_model in self._by_model(arrivals):
+                self._submit(commands[0], of_model)
+
+    def _submit(self, command: SubmitRuns, arrivals: Arrivals) -> None:
+        """The same for rows that should all be of the first one's model. command: tells what they ask for."""
+        core = self._core
         different = self._are_different(arrivals.rows)
         if arrivals.acknowledged is not None:
             self._acknowledge(arrivals.rows, arrivals.acknowledged, different)
@@ -66,19 +66,22 @@ class Admission:
         rows, positions = rows[valid], command.positions[valid]
         self._acknowledge(rows, positions, self._are_different(rows))
 
-    def _are_of_one_model(self, commands: Sequence[SubmitRuns]) -> bool:
-        """Whether all rows that mean a session mean one of the same model."""
-        sessions = self._core.sessions
-        if len(self._core.served) == 1:
-            return True
-        rows, valid, _ = self._look_up(commands)
-        models = sessions.model[rows[valid]]
-        return bool((models == models[:1]).all())
+    def _by_model(self, arrivals: Arrivals) -> Iterator[Arrivals]:
+        """The rows by the model of the first one of the same stream and command."""
+        models = self._core.sessions.model[arrivals.rows]
+        if len(self._core.served) == 1 or not np.count_nonzero(models != models[0]):
+            yield arrivals
+            return
+        streams, commands = arrivals.streams, arrivals.commands
+        begins = np.append(True, (streams[1:] != streams[:-1]) | (commands[1:] != commands[:-1]))
+        of_first = models[begins][begins.cumsum() - 1]
+        for model in np.unique(of_first):
+            yield arrivals.at(np.flatnonzero(of_first == model))
 
     def _look_up(self, commands: Sequence[SubmitRuns]) -> tuple[IntArray, NDArray[np.bool_], IntArray]:
         """Where in the session table each row's session stands, whether there is one, and the stream: (n,) each."""
         sessions = self._core.sessions
-        streams = np.repeat([command.stream for command in commands], [len(command.requests) for command in commands])
+        streams = joined([command.streams for command in commands])
         if commands[0].handles is not None:
             rows, valid = sessions.resolve_handles(streams, joined([command.handles for command in commands]))
         else:

@@ -1,6 +1,6 @@
 """Gives out what a tick of runs brought, and holds it for repeats.
 
-Runs that asked for the same outputs are answered together, by array operations; then each stream gets its own rows.
+Runs that asked for the same outputs are answered together, by array operations.
 B rows of the tick (sessions), N tokens, n rows of a group.
 """
 
@@ -51,8 +51,9 @@ def answer_tick(core: Core, tick: RunTick, result: StepResult) -> None:
             _hold(core, served, spec, runs, tick.done[rows] - counts, num_rows, outputs)
         else:
             outputs, num_rows = OutputArrays(), np.zeros_like(runs)
+        of_rows = streams[rows]
         answers = Answers(
-            stream=int(streams[first]),
+            streams=of_rows,
             requests=requests.number[asked],
             positions=table.start[runs] + tick.done[rows],
             counts=counts,
@@ -62,47 +63,18 @@ def answer_tick(core: Core, tick: RunTick, result: StepResult) -> None:
             accepted_at=requests.accepted_at[asked],
             model=served.index,
         )
-        order = streams[rows].argsort(kind="stable")
-        of_streams = _by_stream(streams[rows][order], answers, order)
+        sessions_rows = tick.rows[rows]
+        if np.count_nonzero(of_rows[1:] < of_rows[:-1]):
+            order = of_rows.argsort(kind="stable")
+            answers, sessions_rows = answers.at(order), sessions_rows[order]
         if apart is None or not apart[first]:
-            core.events += of_streams
+            core.events.append(answers)
             continue
         assert core.keeping is not None
-        sessions = iter(tick.rows[rows][order].tolist())
-        for of_stream in of_streams:
+        sessions = iter(sessions_rows.tolist())
+        for of_stream in answers.parts(answers.streams):
             waiting = list(itertools.islice(sessions, len(of_stream.requests)))
             core.keeping.withholding.withhold(of_stream, waiting, of_stream.positions.tolist())
-
-
-def _by_stream(streams: IntArray, answers: Answers, order: IntArray) -> list[Answers]:
-    """The answers as each stream gets them. order: (n,) their places by stream; streams: (n,) in this order."""
-    begins = np.flatnonzero(streams[1:] != streams[:-1]) + 1
-    if not len(begins):
-        return [answers]
-    ends_of_rows = answers.num_output_rows[order].cumsum()
-    starts = answers.num_output_rows.cumsum() - answers.num_output_rows
-    outputs = answers.outputs.select(ragged_indices(starts[order], answers.num_output_rows[order]))
-    requests, accepted_at = answers.requests[order], answers.accepted_at[order]
-    columns = (answers.positions, answers.counts, answers.remaining, answers.num_output_rows)
-    positions, counts, remaining, num_output_rows = (column[order] for column in columns)
-    of_streams, first, first_output = [], 0, 0
-    for end in [*begins.tolist(), len(streams)]:
-        rows, end_output = slice(first, end), int(ends_of_rows[end - 1])
-        of_streams.append(
-            Answers(
-                stream=int(streams[first]),
-                requests=requests[rows],
-                positions=positions[rows],
-                counts=counts[rows],
-                remaining=remaining[rows],
-                outputs=outputs.select(slice(first_output, end_output)),
-                num_output_rows=num_output_rows[rows],
-                accepted_at=accepted_at[rows],
-                model=answers.model,
-            )
-        )
-        first, first_output = end, end_output
-    return of_streams
 
 
 def _kept_apart(core: Core, tick: RunTick) -> IntArray | None:

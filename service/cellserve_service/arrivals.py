@@ -21,6 +21,7 @@ from cellserve_service.stepping import FloatArray, IntArray, TokenArray
 class Arrivals:
     """The rows that are not refused so far."""
 
+    commands: IntArray  # (n,) number of the command that each came with
     streams: IntArray  # (n,)
     rows: IntArray  # (n,) of the session table
     requests: U64Array  # (n,)
@@ -36,7 +37,9 @@ class Arrivals:
     @classmethod
     def of(cls, commands: Sequence[SubmitRuns], streams: IntArray, rows: IntArray) -> "Arrivals":
         """All rows of commands. rows: (n,) of the session table, of anything where the session is not known."""
+        sizes = [len(command.requests) for command in commands]
         return cls(
+            np.zeros(sizes[0], np.int64) if len(sizes) == 1 else np.repeat(np.arange(len(sizes)), sizes),
             streams,
             rows,
             joined([command.requests for command in commands]),
@@ -57,6 +60,7 @@ class Arrivals:
             tokens = tokens[ragged_indices(starts[places], self.counts[places])]
         return replace(
             self,
+            commands=self.commands[places],
             streams=self.streams[places],
             rows=self.rows[places],
             requests=self.requests[places],

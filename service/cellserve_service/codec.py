@@ -17,7 +17,6 @@ import numpy as np
 from cellserve_service import control, messages
 from cellserve_service.errors import Refusal
 from cellserve_service.outputs import OutputArrays, OutputSpec
-from cellserve_service.packing import PackedAnswers, PackedRuns, pack, unpack
 
 __all__ = ["decode", "encode"]
 
@@ -31,13 +30,14 @@ def encode(batch: Sequence[object]) -> bytes:
     file = io.BytesIO()
     pickler = pickle.Pickler(file, _PROTOCOL)
     pickler.dispatch_table = _REDUCERS
-    pickler.dump(pack(batch))
+    pickler.dump(batch)
     return file.getvalue()
 
 
 def decode(data: bytes) -> list[Any]:
     """The messages of a batch; their arrays cannot be written to."""
-    return unpack(pickle.loads(data))  # noqa: S301 - from the other end of a socket pair of ours
+    batch: list[Any] = pickle.loads(data)  # noqa: S301 - from the other end of a socket pair of ours
+    return batch
 
 
 def _reduce_array(array: np.ndarray[Any, Any]) -> _Reduced:
@@ -67,8 +67,6 @@ _REDUCERS: dict[type[Any], Callable[[Any], Any]] = {
         messages.SessionTarget,
         OutputArrays,
         OutputSpec,
-        PackedAnswers,
-        PackedRuns,
         Refusal,
     )
 } | {np.ndarray: _reduce_array}

@@ -15,13 +15,13 @@ from cellserve_service.messages import (
     Acknowledge,
     CancelRuns,
     CloseSessions,
-    Command,
     DetachSessions,
     Failures,
     InitialState,
     OpenSessions,
     ResetSessions,
     SessionTarget,
+    StreamCommand,
     SubmitRuns,
     U64Array,
 )
@@ -37,7 +37,7 @@ _AT = {
 }
 
 
-def decode_frame(stream: int, frame: bytes, max_open_sessions: int) -> Iterator[Command | Failures]:
+def decode_frame(stream: int, frame: bytes, max_open_sessions: int) -> Iterator[StreamCommand | Failures]:
     """The commands of a frame, in order; Failures stand for what could not be read."""
     try:
         request = StreamRequest.FromString(frame)
@@ -92,7 +92,7 @@ def decode_vectors(block: values_pb2.FloatBlock, num_tokens: int | None, field: 
     return np.frombuffer(block.values, "<f4").astype(np.float32, copy=False).reshape(shape)
 
 
-def _runs(stream: int, columns: Any, _: int) -> Iterator[Command | Failures]:
+def _runs(stream: int, columns: Any, _: int) -> Iterator[StreamCommand | Failures]:
     requests = _requests(columns.requests)
     number = len(requests)
     told_counts = _optional(columns.counts, "<u4", number, "counts")
@@ -108,7 +108,7 @@ def _runs(stream: int, columns: Any, _: int) -> Iterator[Command | Failures]:
     positions = _positions(columns.positions, number, "positions")
     timeouts = _optional(columns.timeouts_milliseconds, "<u4", number, "timeouts_milliseconds")
     yield SubmitRuns(
-        stream=stream,
+        streams=np.full(number, stream),
         requests=requests,
         handles=_column(columns.handles, "<u8", number, "handles"),
         session_ids=None,
@@ -122,7 +122,7 @@ def _runs(stream: int, columns: Any, _: int) -> Iterator[Command | Failures]:
     )
 
 
-def _open(stream: int, columns: Any, max_open_sessions: int) -> Iterator[Command | Failures]:
+def _open(stream: int, columns: Any, max_open_sessions: int) -> Iterator[StreamCommand | Failures]:
     requests = _requests(columns.requests)
     if len(requests) > max_open_sessions:
         raise invalid(f"{len(requests)} sessions in one command; at most {max_open_sessions}", "requests")
@@ -160,23 +160,23 @@ def _open(stream: int, columns: Any, max_open_sessions: int) -> Iterator[Command
     )
 
 
-def _reset(stream: int, columns: Any, _: int) -> Iterator[Command]:
+def _reset(stream: int, columns: Any, _: int) -> Iterator[StreamCommand]:
     yield ResetSessions(_target(stream, columns))
 
 
-def _close(stream: int, columns: Any, _: int) -> Iterator[Command]:
+def _close(stream: int, columns: Any, _: int) -> Iterator[StreamCommand]:
     yield CloseSessions(_target(stream, columns))
 
 
-def _detach(stream: int, columns: Any, _: int) -> Iterator[Command]:
+def _detach(stream: int, columns: Any, _: int) -> Iterator[StreamCommand]:
     yield DetachSessions(_target(stream, columns))
 
 
-def _cancel(stream: int, columns: Any, _: int) -> Iterator[Command]:
+def _cancel(stream: int, columns: Any, _: int) -> Iterator[StreamCommand]:
     yield CancelRuns(stream, _numbers(columns.runs, "<u8", "runs"))
 
 
-def _acknowledge(stream: int, columns: Any, _: int) -> Iterator[Command]:
+def _acknowledge(stream: int, columns: Any, _: int) -> Iterator[StreamCommand]:
     handles = _numbers(columns.handles, "<u8", "handles")
     positions = _positions(columns.positions, len(handles), "positions")
     if positions is not None:

@@ -1,12 +1,14 @@
 """Writes frames to clients: events of arrays in, protobuf columns out, in messages that stay under a size."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cellserve.columns import StreamResponse, write_column, write_field
+from cellserve.columns import StreamResponse, field_head, write_column
 from cellserve.v1 import stream_pb2, values_pb2
+from cellserve.v1.values_pb2 import FloatBlock
 from cellserve_service.messages import (
     Answers,
     Done,
@@ -21,11 +23,10 @@ from cellserve_service.outputs import OutputArrays
 
 # Bytes of an answer's columns beside its outputs: request, position, count, remaining.
 ANSWER_ROW_BYTES = 24
-EVENT_ROW_BYTES = 64
-DURABLE_ROW_BYTES = 16
 
 _AnswerEvent = stream_pb2.AnswerEvent
 _Outputs = values_pb2.OutputColumns
+_FLOAT_BLOCKS = ("top_logprobs", "logprobs", "head_outputs", "states", "gates")
 
 
 def encode_outputs(outputs: OutputArrays) -> values_pb2.OutputColumns:
@@ -35,108 +36,118 @@ def encode_outputs(outputs: OutputArrays) -> values_pb2.OutputColumns:
         message.next_tokens.extend(outputs.next_tokens.tolist())
     if outputs.top_tokens is not None:
         message.top_tokens.extend(outputs.top_tokens.ravel().tolist())
-    _add_float_blocks(message, outputs)
+    for name in _FLOAT_BLOCKS:
+        array = getattr(outputs, name)
+        if array is not None:
+            block = getattr(message, name)
+            block.shape.extend(array.shape)
+            block.values = write_column(array, "<f4")
     return message
 
 
-def _outputs_bytes(outputs: OutputArrays) -> bytes:
-    """The same message as bytes, without its objects."""
-    fields = b""
-    if outputs.next_tokens is not None:
-        fields = write_field(_Outputs.NEXT_TOKENS_FIELD_NUMBER, write_column(outputs.next_tokens, "<u4"))
-    if outputs.top_tokens is not None:
-        fields += write_field(_Outputs.TOP_TOKENS_FIELD_NUMBER, write_column(outputs.top_tokens, "<u4"))
-    if not outputs.has_floats:
-        return fields
-    blocks = _Outputs()
-    _add_float_blocks(blocks, outputs)
-    return fields + blocks.SerializeToString()
+def encode_event(event: Event, max_bytes: int) -> Iterator[tuple[Event, bytes]]:
+    """An event for one stream as frames, each with the part of the event that it tells.
 
-
-def _add_float_blocks(columns: values_pb2.OutputColumns, outputs: OutputArrays) -> None:
-    for name in ("top_logprobs", "logprobs", "head_outputs", "states", "gates"):
-        array = getattr(outputs, name)
-        if array is not None:
-            block = getattr(columns, name)
-            block.shape.extend(array.shape)
-            block.values = np.ascontiguousarray(array, "<f4").tobytes()
-
-
-def event_bytes(event: Event) -> int:
-    """Bytes that an event takes on the wire, nearly: what a slow reader leaves unsent."""
-    if isinstance(event, Answers):
-        return ANSWER_ROW_BYTES * len(event.requests) + event.outputs.num_bytes
-    if isinstance(event, Failures | Opened | Done):
-        return EVENT_ROW_BYTES * len(event.requests)
-    if isinstance(event, DurablePositions):
-        return DURABLE_ROW_BYTES * len(event.handles)
-    return EVENT_ROW_BYTES
-
-
-def encode_events(events: Sequence[Event], num_bytes: int, max_bytes: int) -> Iterator[bytes]:
-    """Frames for one stream, in order; answers that are too large for one frame are split between their rows.
-
-    num_bytes: of all events, as event_bytes tells.
+    Answers that are too large for one frame are split between their rows. Frames can be joined: what stands behind a
+    frame goes on with it.
     """
-    if num_bytes <= max_bytes:
-        if events:
-            yield b"".join([_encode(event) for event in events])
+    if not isinstance(event, Answers):
+        response = StreamResponse()
+        _add(response, event)
+        yield event, response.SerializeToString()
         return
-    encoded: list[bytes] = []
-    size = 0
-    for event in events:
-        for part, part_bytes in _parts(event, max_bytes):
-            if encoded and size + part_bytes > max_bytes:
-                yield b"".join(encoded)
-                encoded, size = [], 0
-            encoded.append(_encode(part))
-            size += part_bytes
-    if encoded:
-        yield b"".join(encoded)
+    for part in _parts(event, max_bytes):
+        yield part, _answer_frames(part, 1)[0]
 
 
-def _parts(event: Event, max_bytes: int) -> Iterator[tuple[Event, int]]:
-    num_bytes = event_bytes(event)
-    if not isinstance(event, Answers) or num_bytes <= max_bytes:
-        yield event, num_bytes
+def encode_rows(answers: Answers) -> list[bytes]:
+    """A frame for each row; all have equally many output rows."""
+    return _answer_frames(answers, len(answers.requests))
+
+
+def _parts(answers: Answers, max_bytes: int) -> Iterator[Answers]:
+    if ANSWER_ROW_BYTES * len(answers.requests) + answers.outputs.num_bytes <= max_bytes:
+        yield answers
         return
-    total_rows = max(1, int(event.num_output_rows.sum()))
-    row_bytes = event.outputs.num_bytes / total_rows
-    sizes = ANSWER_ROW_BYTES + event.num_output_rows * row_bytes
+    total_rows = max(1, int(answers.num_output_rows.sum()))
+    row_bytes = answers.outputs.num_bytes / total_rows
+    sizes = ANSWER_ROW_BYTES + answers.num_output_rows * row_bytes
     first, used = 0, 0.0
     for row, row_size in enumerate(sizes.tolist()):
         if row > first and used + row_size > max_bytes:
-            part = event.rows(first, row)
-            yield part, event_bytes(part)
+            yield answers.rows(first, row)
             first, used = row, 0.0
         used += row_size
-    part = event.rows(first, len(sizes))
-    yield part, event_bytes(part)
+    yield answers.rows(first, len(sizes))
 
 
-def _encode(event: Event) -> bytes:
-    """A frame with this event alone: what is appended to a frame goes on with it."""
-    if isinstance(event, Answers):
-        return _answers_frame(event)
-    response = StreamResponse()
-    _add(response, event)
-    frame: bytes = response.SerializeToString()
-    return frame
+# What frames are put together from: bytes that all of them have, or a column with each one's bytes, (number, width).
+_Piece = bytes | NDArray[np.uint8]
 
 
-def _answers_frame(answers: Answers) -> bytes:
-    """By hand, because most frames are this: the generated classes take several times as long."""
-    fields = [
-        write_field(_AnswerEvent.REQUESTS_FIELD_NUMBER, write_column(answers.requests, "<u8")),
-        write_field(_AnswerEvent.POSITIONS_FIELD_NUMBER, write_column(answers.positions, "<u8")),
-    ]
+def _answer_frames(answers: Answers, number: int) -> list[bytes]:
+    """So many frames, each with equally many rows of the answers.
+
+    By hand, because most frames are these: the generated classes take several times as long for one, and here all
+    frames of a tick are written at once.
+    """
+    fields = _field(_AnswerEvent.REQUESTS_FIELD_NUMBER, _column(answers.requests, "<u8", number))
+    fields += _field(_AnswerEvent.POSITIONS_FIELD_NUMBER, _column(answers.positions, "<u8", number))
     if np.count_nonzero(answers.counts != 1):
-        fields.append(write_field(_AnswerEvent.COUNTS_FIELD_NUMBER, write_column(answers.counts, "<u4")))
+        fields += _field(_AnswerEvent.COUNTS_FIELD_NUMBER, _column(answers.counts, "<u4", number))
     if np.count_nonzero(answers.remaining):
-        fields.append(write_field(_AnswerEvent.REMAINING_FIELD_NUMBER, write_column(answers.remaining, "<u4")))
-    fields.append(write_field(_AnswerEvent.OUTPUTS_FIELD_NUMBER, _outputs_bytes(answers.outputs)))
-    event = write_field(stream_pb2.Event.ANSWERS_FIELD_NUMBER, b"".join(fields))
-    return write_field(stream_pb2.StreamResponse.EVENTS_FIELD_NUMBER, event)
+        fields += _field(_AnswerEvent.REMAINING_FIELD_NUMBER, _column(answers.remaining, "<u4", number))
+    fields += _field(_AnswerEvent.OUTPUTS_FIELD_NUMBER, _output_fields(answers.outputs, number))
+    event = _field(stream_pb2.Event.ANSWERS_FIELD_NUMBER, fields)
+    return _put_together(_field(stream_pb2.StreamResponse.EVENTS_FIELD_NUMBER, event), number)
+
+
+def _output_fields(outputs: OutputArrays, number: int) -> list[_Piece]:
+    fields: list[_Piece] = []
+    for name, field in (
+        ("next_tokens", _Outputs.NEXT_TOKENS_FIELD_NUMBER),
+        ("top_tokens", _Outputs.TOP_TOKENS_FIELD_NUMBER),
+    ):
+        array = getattr(outputs, name)
+        if array is not None:
+            fields += _field(field, _column(array, "<u4", number))
+    if not outputs.has_floats:
+        return fields
+    for name in _FLOAT_BLOCKS:
+        array = getattr(outputs, name)
+        if array is not None:
+            shape = FloatBlock(shape=(len(array) // number, *array.shape[1:])).SerializeToString()
+            block = [shape, *_field(FloatBlock.VALUES_FIELD_NUMBER, _column(array, "<f4", number))]
+            fields += _field(_Outputs.DESCRIPTOR.fields_by_name[name].number, block)
+    return fields
+
+
+def _column(numbers: NDArray[Any], dtype: str, number: int) -> list[_Piece]:
+    encoded = write_column(numbers, dtype)
+    return [encoded if number == 1 else np.frombuffer(encoded, np.uint8).reshape(number, len(encoded) // number)]
+
+
+def _field(number: int, pieces: list[_Piece]) -> list[_Piece]:
+    """A field of frames that has these pieces for content."""
+    return [field_head(number, sum([_width(piece) for piece in pieces])), *pieces]
+
+
+def _width(piece: _Piece) -> int:
+    return len(piece) if isinstance(piece, bytes) else piece.shape[1]
+
+
+def _put_together(pieces: list[_Piece], number: int) -> list[bytes]:
+    if number == 1:
+        return [b"".join([piece for piece in pieces if isinstance(piece, bytes)])]
+    width = sum([_width(piece) for piece in pieces])
+    frames = np.empty((number, width), np.uint8)
+    first = 0
+    for piece in pieces:
+        end = first + _width(piece)
+        frames[:, first:end] = np.frombuffer(piece, np.uint8) if isinstance(piece, bytes) else piece
+        first = end
+    data = frames.tobytes()
+    return [data[first : first + width] for first in range(0, len(data), width)]
 
 
 def _add(response: Any, event: Event) -> None:

@@ -22,8 +22,11 @@ SWEEP_SECONDS = 1.0
 # would hold up the next for as long as it takes, and they would be served one by one. So where more may be on its way
 # a turn of the engine waits until so many turns of the loop have brought nothing, but not for longer than the last one
 # took, or GATHERING_SECONDS. More may be on its way behind a call, at once after a turn, and, where there is work left,
-# behind a turn so long that much has come meanwhile.
+# behind a turn so long that much has come meanwhile. Somebody who is alone would wait for nothing: after so many turns
+# that had one message each, fewer turns of the loop are enough, until they bring another.
 GATHERING_TURNS = 32
+LONE_GATHERING_TURNS = 4
+LONE_TURNS = 8
 GATHERING_SECONDS = 0.002
 AT_ONCE_SECONDS = 0.0003
 LONG_TURN_SECONDS = 0.0003
@@ -62,6 +65,10 @@ class EngineLoop:
         self._loop = asyncio.get_running_loop()
         self._has_turn = False
         self._gathers = False  # more may be on its way
+        self._num_come = 0  # commands and frames
+        self._num_taken = 0  # of them, by the last turn and those before it
+        self._num_lone_turns = 0  # in a row that had one or none
+        self._take: Callable[[], None] | None = None
         self._turn_seconds = 0.0  # of the last turn
         self._turn_ended_at = 0.0
         self._ended = False
@@ -74,12 +81,21 @@ class EngineLoop:
 
     def post(self, command: Command) -> None:
         """Give the engine a command; it takes it in its next turn."""
-        if not self._memory.knows(command, self._clock()):
+        now = self._clock()
+        if not self._memory.knows(command, now):
             self._inbox.append(command)
-            self._gathers = self._gathers or (
-                _is_of_call(command) or self._clock() - self._turn_ended_at < AT_ONCE_SECONDS
-            )
+            self._come(now, _is_of_call(command))
         self._ask_for_turn()
+
+    def announce(self, take: Callable[[], None]) -> None:
+        """Call `take`, always the same, when the next turn begins: it posts what has come with it."""
+        self._take = take
+        self._come(self._clock(), False)
+        self._ask_for_turn()
+
+    def _come(self, now: float, is_call: bool) -> None:
+        self._num_come += 1
+        self._gathers = self._gathers or is_call or now - self._turn_ended_at < AT_ONCE_SECONDS
 
     def stop(self) -> None:
         """No more turns."""
@@ -92,22 +108,27 @@ class EngineLoop:
             self._loop.call_soon(self._gather, 0, 0, self._clock() + seconds)
 
     def _gather(self, num_before: int, num_idle: int, until: float) -> None:
-        """Take a turn when calls have ceased to come. num_before: commands one turn of the loop ago."""
-        number = len(self._inbox)
+        """Take a turn when calls have ceased to come. num_before: how many had one turn of the loop ago."""
+        number = self._num_come
         num_idle = num_idle + 1 if number == num_before else 0
-        if not self._gathers or num_idle >= GATHERING_TURNS or self._clock() >= until:
-            self._gathers = False
+        enough = GATHERING_TURNS if self._num_lone_turns < LONE_TURNS else LONE_GATHERING_TURNS
+        if not self._gathers or num_idle >= enough or self._clock() >= until:
             self._take_turn()
         else:
             self._loop.call_soon(self._gather, number, num_idle, until)
 
     def _take_turn(self) -> None:
-        self._has_turn = False
         if self._ended:
             return
         engine, clock = self._engine, self._clock
         begun_at = clock()
         try:
+            if self._take is not None:
+                take, self._take = self._take, None
+                take()
+            self._has_turn = self._gathers = False
+            self._num_lone_turns = 0 if self._num_come > self._num_taken + 1 else self._num_lone_turns + 1
+            self._num_taken = self._num_come
             engine.handle_all(self._inbox, clock())
             tick = engine.begin_tick(clock())
             if tick is not None:

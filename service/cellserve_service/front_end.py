@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import grpc
 from grpc_channelz.v1 import channelz
@@ -12,9 +12,9 @@ from grpc_reflection.v1alpha import reflection
 from cellserve.v1 import model_service_pb2, session_service_pb2
 from cellserve_service.control import Facts
 from cellserve_service.errors import StartError
-from cellserve_service.front import Front
+from cellserve_service.front import Front, Outlet
 from cellserve_service.handlers import Behavior, CallsInFlight, add_service
-from cellserve_service.messages import Command, Event
+from cellserve_service.messages import Event
 from cellserve_service.model_service import ModelServicer
 from cellserve_service.ports import cannot_listen
 from cellserve_service.session_service import SessionServicer
@@ -49,9 +49,9 @@ class FrontEnd:
     async def prepare(self) -> None:
         """Nothing: there is no process to start."""
 
-    async def serve(self, post: Callable[[Command], None], facts: Facts, number: int = 0) -> None:
-        """Serve from now on. post: takes commands for the engine. number: of this front end."""
-        front = self.front = Front(post, number)
+    async def serve(self, outlet: Outlet, facts: Facts, number: int = 0) -> None:
+        """Serve from now on. outlet: takes commands for the engine. number: of this front end."""
+        front = self.front = Front(outlet, number)
         self._add_services(front, facts)
         self._add_standard_services()
         await self._server.start()

@@ -35,17 +35,23 @@ class Link(asyncio.Protocol):
         self._is_closing = False
         self._incoming = bytearray()
         self._outgoing: list[object] = []
+        self._take: Callable[[], None] | None = None
+        self._will_flush = False
 
     async def open(self, end: socket.socket) -> None:
         """Begin to send and receive. end: a connected socket, which is the link's from now on."""
         end.setblocking(False)
         await self._loop.create_connection(lambda: self, sock=end)
 
-    def send(self, message: object) -> None:
-        """Send a message with the others of this turn."""
-        if not self._outgoing:
-            self._loop.call_soon(self._flush)
+    def post(self, message: object) -> None:
+        """Send a message with the others of this turn of the event loop."""
         self._outgoing.append(message)
+        self._flush_soon()
+
+    def announce(self, take: Callable[[], None]) -> None:
+        """Call `take`, always the same, for messages to be sent with those of this turn."""
+        self._take = take
+        self._flush_soon()
 
     def rest(self, resting: bool) -> None:
         """Whether to leave unread what the other end sends."""
@@ -61,7 +67,16 @@ class Link(asyncio.Protocol):
         self._transport.close()
         await self._is_lost.wait()
 
+    def _flush_soon(self) -> None:
+        if not self._will_flush:
+            self._will_flush = True
+            self._loop.call_soon(self._flush)
+
     def _flush(self) -> None:
+        if self._take is not None:
+            take, self._take = self._take, None
+            take()
+        self._will_flush = False
         batch, self._outgoing = self._outgoing, []
         if batch and not self._transport.is_closing():
             data = encode(batch)

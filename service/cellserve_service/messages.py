@@ -1,10 +1,10 @@
 """What passes between servicers and engine: commands in, events out; arrays and ids only.
 
-A process boundary can run here. Every command belongs to a stream (a number given by the front end) and its rows
-carry request numbers; every request is answered by events to that stream.
+A process boundary can run here. Every command, or each of its rows, belongs to a stream (a number given by the front
+end) and its rows carry request numbers; every request is answered by events to that stream.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -15,6 +15,7 @@ from cellserve.v1.errors_pb2 import ErrorReason
 from cellserve.v1.stream_pb2 import Durability, OpenMode
 from cellserve_service.errors import Refusal
 from cellserve_service.outputs import OutputArrays, OutputSpec
+from cellserve_service.pools import ragged_indices, stretches
 from cellserve_service.stepping import FloatArray, IntArray, TokenArray
 
 U64Array = NDArray[np.uint64]
@@ -52,9 +53,11 @@ class OpenSessions:
 
 @dataclass(slots=True)  # not frozen: that takes twice as long to make, and most messages make one
 class SubmitRuns:
-    """Runs addressed by handles of the stream, or (unary calls) by session id."""
+    """Runs of any streams that ask for the same outputs, addressed by handles of their stream, or (unary calls) by
+    session id. Sessions whose frames were read together are decided over together.
+    """
 
-    stream: int
+    streams: IntArray  # (n,)
     requests: U64Array  # (n,)
     handles: U64Array | None  # (n,)
     session_ids: Sequence[str] | None
@@ -251,6 +254,9 @@ Command = (
     | MovedAway
 )
 
+# Those of a stream's frames.
+StreamCommand = OpenSessions | SubmitRuns | ResetSessions | CloseSessions | DetachSessions | CancelRuns | Acknowledge
+
 
 # Events.
 
@@ -270,9 +276,9 @@ class Opened:
 
 @dataclass(slots=True)  # not frozen: that takes twice as long to make, and most messages make one
 class Answers:
-    """Slices of runs that asked for the same outputs of the same model."""
+    """Slices of runs that asked for the same outputs of the same model, those of one stream behind one another."""
 
-    stream: int
+    streams: IntArray  # (n,)
     requests: U64Array  # (n,)
     positions: IntArray  # (n,) after the slice
     counts: IntArray  # (n,) tokens in the slice
@@ -288,7 +294,7 @@ class Answers:
         of_rows = slice(before, before + int(self.num_output_rows[first:end].sum()))
         rows = slice(first, end)
         return Answers(
-            stream=self.stream,
+            streams=self.streams[rows],
             requests=self.requests[rows],
             positions=self.positions[rows],
             counts=self.counts[rows],
@@ -298,6 +304,31 @@ class Answers:
             accepted_at=self.accepted_at[rows],
             model=self.model,
         )
+
+    def at(self, places: IntArray) -> "Answers":
+        """The rows at some places, in this order, with their outputs."""
+        starts = self.num_output_rows.cumsum() - self.num_output_rows
+        num_output_rows = self.num_output_rows[places]
+        return Answers(
+            streams=self.streams[places],
+            requests=self.requests[places],
+            positions=self.positions[places],
+            counts=self.counts[places],
+            remaining=self.remaining[places],
+            outputs=self.outputs.select(ragged_indices(starts[places], num_output_rows)),
+            num_output_rows=num_output_rows,
+            accepted_at=self.accepted_at[places],
+            model=self.model,
+        )
+
+    def parts(self, keys: IntArray) -> Iterator["Answers"]:
+        """The answers in parts of equal keys. keys: (n,) equal ones behind one another."""
+        firsts, lengths = stretches(keys)
+        if len(firsts) == 1:
+            yield self
+            return
+        for first, length in zip(firsts.tolist(), lengths.tolist(), strict=True):
+            yield self.rows(first, first + length)
 
 
 @dataclass(frozen=True, slots=True)

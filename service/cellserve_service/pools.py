@@ -19,6 +19,14 @@ def slices(column: NDArray[Any]) -> Iterator[IntArray]:
         yield first + np.flatnonzero(column[first : first + _SLICE] > 0)
 
 
+def stretches(column: NDArray[Any]) -> tuple[IntArray, IntArray]:
+    """Where stretches of equal numbers begin, and how long they are. column: (n,), n at least 1."""
+    if column[0] == column[-1] and not np.count_nonzero(column != column[0]):
+        return np.zeros(1, np.int64), np.array([len(column)])
+    firsts = np.flatnonzero(np.append(True, column[1:] != column[:-1]))
+    return firsts, np.diff(np.append(firsts, len(column)))
+
+
 def ragged_indices(starts: IntArray, counts: IntArray) -> IntArray:
     """starts[0], starts[0] + 1, ... (counts[0] of them), then the same for every other row: (counts.sum(),)."""
     before = counts.cumsum() - counts

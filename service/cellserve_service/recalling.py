@@ -206,10 +206,12 @@ def _named(command: Any) -> tuple[int, int, str] | None:
     """Stream, request and session id of a command that names one session by its id."""
     if isinstance(command, messages.SubmitGenerate):
         return command.stream, command.request, command.session_id
-    target: SessionTarget | messages.SubmitRuns | None = getattr(command, "target", None)
+    # Only unary calls name sessions by ids, one each.
     if isinstance(command, messages.SubmitRuns):
-        target = command
+        if command.session_ids is None:
+            return None
+        return int(command.streams[0]), int(command.requests[0]), command.session_ids[0]
+    target: SessionTarget | None = getattr(command, "target", None)
     if target is None or target.session_ids is None:
         return None
-    # Only unary calls name sessions by ids, one each.
     return target.stream, int(target.requests[0]), target.session_ids[0]

@@ -93,7 +93,7 @@ def answer_held(core: Core, served: ServedModel, run: int, asked: JoinedRequest)
             row,
             start + count,
             Answers(
-                stream=asked.stream,
+                streams=np.array([asked.stream]),
                 requests=np.array([asked.request], np.uint64),
                 positions=np.array([start + end]),
                 counts=np.array([end - first]),

@@ -107,7 +107,7 @@ class Server:
             moved = store.watch(lambda session_id, epoch: engine_loop.post(MovedAway(session_id, epoch)))
             tasks.append(asyncio.create_task(_watched(moved, fail)))
         models = tuple(describe(served.info).SerializeToString() for served in engine.core.served)
-        await front_ends.serve(engine_loop.post, Facts(models, engine.core.limits))
+        await front_ends.serve(engine_loop, Facts(models, engine.core.limits))
         self._announce(engine, front_ends.port, metrics_port)
         await stopping.wait()
         await front_ends.go_unhealthy()

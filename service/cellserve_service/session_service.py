@@ -227,7 +227,7 @@ class SessionServicer:
         outputs = decode_outputs(request.outputs)
         remaining = context.time_remaining()
         return lambda asked: messages.SubmitRuns(
-            stream=self._calls.stream,
+            streams=np.array([self._calls.stream]),
             requests=np.array([asked], np.uint64),
             handles=None,
             session_ids=[request.session_id],

@@ -72,6 +72,10 @@ class UnaryCalls:
             request = getattr(event, "request", None)
             self._give(int(event.requests[0]) if request is None else request, event)  # type: ignore[union-attr]
 
+    def receive_row(self, answers: Answers, row: int, frame: bytes) -> None:
+        """Hand one row to its call."""
+        self.receive(answers.rows(row, row + 1))
+
     async def ask(self, command: Callable[[int], Command]) -> Event:
         """Post a command under a request number and wait for its one answer. Raises Refusal."""
         return (await self.ask_all(command))[0]

@@ -100,7 +100,7 @@ class Withholding:
                 if row not in withheld.lost:
                     core.events.append(event.rows(place, place + 1))
                 elif not event.remaining[place]:  # a slice is refused with the last of its run
-                    core.refuse(event.stream, event.requests[place : place + 1], [MOVED])
+                    core.refuse(int(event.streams[place]), event.requests[place : place + 1], [MOVED])
         elif event.finished:
             core.refuse(event.stream, [event.request], [MOVED])
 

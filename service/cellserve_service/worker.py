@@ -54,10 +54,10 @@ class _Worker:
         try:
             self._front_end = FrontEnd(serve.settings, serve.listen, is_shared=True)
         except StartError as error:
-            self._link.send(CannotServe(str(error)))
+            self._link.post(CannotServe(str(error)))
         else:
-            await self._front_end.serve(self._link.send, serve.facts, serve.number)
-            self._link.send(Serving())
+            await self._front_end.serve(self._link, serve.facts, serve.number)
+            self._link.post(Serving())
             await self._obey()
         await self._link.close()
 
@@ -67,13 +67,13 @@ class _Worker:
                 case GoUnhealthy():
                     await self._front_end.go_unhealthy()
                 case Count():
-                    self._link.send(Counted(self._front_end.statistics()))
+                    self._link.post(Counted(self._front_end.statistics()))
                 case Fail():
                     await self._front_end.fail()
                     return
                 case Stop(patience_seconds):
                     in_time = await self._front_end.stop(patience_seconds)
-                    self._link.send(Ended(in_time))
+                    self._link.post(Ended(in_time))
                     return
 
     def _take_batch(self, batch: list[object]) -> None:

@@ -47,7 +47,7 @@ class WorkerProcess:
             return
         told = asyncio.get_running_loop().create_future()
         self._counting.append(told)
-        self.link.send(Count())
+        self.link.post(Count())
         await told
 
     def kill(self) -> None:

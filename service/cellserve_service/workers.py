@@ -13,9 +13,9 @@ import structlog
 
 from cellserve_service.control import Facts, Fail, GoUnhealthy, Serve, Stop, ToWorker
 from cellserve_service.errors import StartError
-from cellserve_service.front import STREAM_BITS
+from cellserve_service.front import STREAM_BITS, Outlet
 from cellserve_service.front_end import GRACE_SECONDS, tls_credentials, watch_loop_lag
-from cellserve_service.messages import Command, Event
+from cellserve_service.messages import Answers, Command, Event
 from cellserve_service.ports import Reservation
 from cellserve_service.settings import Settings
 from cellserve_service.statistics import FrontStatistics
@@ -54,9 +54,9 @@ class Workers:
         for _ in range(self._settings.workers):
             await self._start()
 
-    async def serve(self, post: Callable[[Command], None], facts: Facts) -> None:
+    async def serve(self, outlet: Outlet, facts: Facts) -> None:
         """Let all of them serve. Raises StartError."""
-        self._post, self._facts = post, facts
+        self._post, self._facts = outlet.post, facts
         workers = list(self._workers.values())
         for refusal in await asyncio.gather(*(self._begin(worker) for worker in workers)):
             if refusal is not None:
@@ -67,9 +67,16 @@ class Workers:
     def deliver(self, events: Sequence[Event]) -> None:
         """Pass events on to the workers that have their streams."""
         for event in events:
-            worker = self._workers.get(event.stream >> STREAM_BITS)
-            if worker is not None:
-                worker.link.send(event)
+            if isinstance(event, Answers):
+                for part in event.parts(event.streams >> STREAM_BITS):
+                    self._deliver(int(part.streams[0]), part)
+            else:
+                self._deliver(event.stream, event)
+
+    def _deliver(self, stream: int, event: Event) -> None:
+        worker = self._workers.get(stream >> STREAM_BITS)
+        if worker is not None:
+            worker.link.post(event)
 
     async def go_unhealthy(self) -> None:
         """Let health checks say NOT_SERVING from now on."""
@@ -105,7 +112,7 @@ class Workers:
 
     def _tell(self, message: ToWorker) -> None:
         for worker in self._workers.values():
-            worker.link.send(message)
+            worker.link.post(message)
 
     async def close(self) -> None:
         """End what still runs."""
@@ -135,7 +142,7 @@ class Workers:
 
     async def _begin(self, worker: WorkerProcess) -> str | None:
         """Let a started worker serve. Returns why it does not."""
-        worker.link.send(Serve(self._settings, self._reservation.address, worker.number, self._facts))
+        worker.link.post(Serve(self._settings, self._reservation.address, worker.number, self._facts))
         try:
             return await asyncio.wait_for(worker.refusal, START_SECONDS)
         except TimeoutError:
@@ -165,7 +172,7 @@ class Workers:
             if refusal is None:
                 log.info("worker_started", worker=worker.number)
                 if self._is_ending:
-                    worker.link.send(GoUnhealthy())
+                    worker.link.post(GoUnhealthy())
             else:
                 log.error("worker_did_not_start", worker=worker.number, reason=refusal)
                 worker.kill()

@@ -139,7 +139,7 @@ class Driver(SideBySide):
         while left:
             group = take_alike(left)
             together, rest = rest[: len(group)], rest[len(group) :]
-            found = [self._find(command.stream, row.session) for command, rows in together for row in rows]
+            found = [self._find(int(command.streams[0]), row.session) for command, rows in together for row in rows]
             models = {session.model.name for session in found if not isinstance(session, str)}
             for part in [together] if len(models) < 2 else [[each] for each in together]:
                 self._expect_runs(part)
@@ -157,7 +157,7 @@ class Driver(SideBySide):
             tokens = np.array(flat, np.uint32)
         timeouts, acknowledged = [row.timeout for row in rows], [row.acknowledged for row in rows]
         return messages.SubmitRuns(
-            stream=stream,
+            streams=np.full(len(rows), stream),
             requests=np.array(requests, np.uint64),
             handles=None if by_id else np.array([row.session for row in rows], np.uint64),
             session_ids=[str(row.session) for row in rows] if by_id else None,
@@ -177,7 +177,7 @@ class Driver(SideBySide):
         if "tokens" in columns:
             columns["tokens"] = np.array(columns["tokens"], np.uint32)
         command: dict[str, Any] = {
-            "stream": stream,
+            "streams": np.array([stream]),
             "requests": np.array([next(self._numbers)], np.uint64),
             "handles": None if is_id else np.array([session], np.uint64),
             "session_ids": [session] if is_id else None,
@@ -199,9 +199,9 @@ class Driver(SideBySide):
         plain = self.plain
         first, outputs = together[0][0], together[0][0].outputs
         asked = [
-            (command.stream, request, row)
+            (stream, request, row)
             for command, rows in together
-            for request, row in zip(command.requests.tolist(), rows, strict=True)
+            for stream, request, row in zip(command.streams.tolist(), command.requests.tolist(), rows, strict=True)
         ]
         found: list[tuple[int, int, Row, PlainSession]] = []
         for stream, request, row in asked:

@@ -289,7 +289,7 @@ class KeepingClient:
 
     def _runs(self, stream: int, request: int, sent: Sent, handle: int | None = None) -> messages.SubmitRuns:
         return messages.SubmitRuns(
-            stream=stream,
+            streams=np.array([stream]),
             requests=np.array([request], np.uint64),
             handles=None if handle is None else np.array([handle], np.uint64),
             session_ids=[self.id] if handle is None else None,

@@ -120,11 +120,12 @@ def _flat(event: Event) -> Iterator[tuple[Record, int]]:
 
 def _answers(event: messages.Answers) -> Iterator[tuple[Record, int]]:
     assert len(event.accepted_at) == len(event.requests)
+    assert sorted(event.streams.tolist()) == event.streams.tolist()
     for place, request in enumerate(event.requests.tolist()):
         one = event.rows(place, place + 1)
         rows = tuple(_output_rows(one.outputs, int(one.num_output_rows[0])))
         facts = (int(one.positions[0]), int(one.counts[0]), int(one.remaining[0]), rows)
-        yield Record("answer", event.stream, request, facts), 0
+        yield Record("answer", int(one.streams[0]), request, facts), 0
 
 
 def _output_rows(outputs: OutputArrays, number: int) -> Iterator[OutputRow]:

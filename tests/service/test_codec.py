@@ -1,4 +1,4 @@
-"""Messages that cross to another process arrive as they were, in order, alone or packed."""
+"""Messages that cross to another process arrive as they were, in order."""
 
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -41,7 +41,7 @@ def runs(random: np.random.Generator, stream: int) -> messages.SubmitRuns:
     length = int(counts.sum())
     optional = random.integers(2, size=3)
     return messages.SubmitRuns(
-        stream=stream,
+        streams=np.full(number, stream),
         requests=random.integers(1, 2**63, number).astype(np.uint64),
         handles=None if by_id else random.integers(0, 2**63, number).astype(np.uint64) * 2,
         session_ids=[f"session-{one}" for one in range(number)] if by_id else None,
@@ -68,7 +68,7 @@ def answers(random: np.random.Generator, stream: int) -> messages.Answers:
         states=random.normal(size=(length, 2, 8)).astype(np.float32),
     )
     return messages.Answers(
-        stream=stream,
+        streams=np.full(number, stream),
         requests=random.integers(1, 2**63, number).astype(np.uint64),
         positions=random.integers(0, 2**62, number),
         counts=random.integers(1, 4, number),

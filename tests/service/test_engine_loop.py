@@ -53,7 +53,7 @@ class _Owner:
     def step(self, request: int, num_tokens: int) -> None:
         self.loop.post(
             messages.SubmitRuns(
-                stream=5,
+                streams=np.array([5]),
                 requests=np.array([request], np.uint64),
                 handles=None,
                 session_ids=["a"],

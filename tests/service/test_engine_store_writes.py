@@ -61,7 +61,7 @@ class Kept:
         """One token, and the checkpoint after it."""
         self.handle(
             messages.SubmitRuns(
-                stream=STREAM,
+                streams=np.array([STREAM]),
                 requests=np.array([100 + position], np.uint64),
                 handles=self.session,
                 session_ids=None,

@@ -66,7 +66,7 @@ class _Engine:
     def run(self, handle: int, num_tokens: int) -> None:
         self.post(
             messages.SubmitRuns(
-                stream=STREAM,
+                streams=np.array([STREAM]),
                 requests=np.array([10**6], np.uint64),
                 handles=np.array([handle], np.uint64),
                 session_ids=None,
