@@ -6,13 +6,13 @@ Symbols: B rows of a tick, N tokens, L layers, H hidden size, O output size.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import uvloop
 from numpy.typing import NDArray
 
 from bench.methods import NULL_MODEL
@@ -125,4 +125,4 @@ class LoadNullStepper(LoadSteppers):
 
 
 if __name__ == "__main__":
-    raise SystemExit(asyncio.run(Server(read_settings(sys.argv[1:]), LoadNullStepper()).run()))
+    raise SystemExit(uvloop.run(Server(read_settings(sys.argv[1:]), LoadNullStepper()).run()))

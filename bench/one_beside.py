@@ -1,8 +1,9 @@
 """`cellserve-server` with its one front end in a process beside the engine's: for comparison only."""
 
-import asyncio
 import os
 import sys
+
+import uvloop
 
 # As the command does, before grpc is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -18,4 +19,4 @@ if __name__ == "__main__":
     async def _serve() -> int:
         return await Server(settings, LoadSteppers(), has_workers_beside=True).run()
 
-    raise SystemExit(asyncio.run(_serve()))
+    raise SystemExit(uvloop.run(_serve()))

@@ -60,7 +60,7 @@ def generated_per_second(directory: Path, *, num_sessions: int, num_tokens: int,
             rows = len(slots)
             ticket = stepper.submit_generate(
                 slots,
-                num_tokens,
+                np.full(rows, num_tokens),
                 np.full(rows, position),
                 np.arange(rows, dtype=np.uint64),
                 np.ones(rows, np.float32),

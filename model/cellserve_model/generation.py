@@ -24,13 +24,23 @@ __all__ = ["GenerateRequest", "GeneratedTensors", "generate"]
 class GenerateRequest:
     """How each row of a tick samples; see CpuStepper.submit_generate."""
 
-    num_tokens: int
+    num_tokens: NDArray[np.int64]  # (B,), at least 1
     positions: NDArray[np.int64]  # (B,)
     seeds: NDArray[np.uint64]  # (B,)
     temperatures: NDArray[np.float32]  # (B,)
     top_ks: NDArray[np.int64]  # (B,)
     top_ps: NDArray[np.float32]  # (B,)
     stop_tokens: NDArray[np.int64]  # (B, Q), padded with -1
+
+    @property
+    def most_tokens(self) -> int:
+        """T: of any row."""
+        return int(self.num_tokens.max())
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether a row can have fewer tokens than another."""
+        return bool((self.stop_tokens >= 0).any() or (self.num_tokens != self.num_tokens[0]).any())
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +71,11 @@ class GeneratedTensors:
 
 
 def generate(network: SteppingNetwork, views: RowViews, request: GenerateRequest) -> GeneratedTensors:
-    """Sample `num_tokens` for each row and leave in `views` the states after them.
+    """Sample each row's tokens and leave in `views` the states after them.
 
-    A row whose stop token has been consumed keeps its state from then on.
+    A row that has all its tokens, or whose stop token has been consumed, keeps its state from then on.
     """
-    num_rows = len(request.positions)
+    num_rows, most_tokens, may_end_early = len(request.positions), request.most_tokens, request.may_end_early
     settings = SamplingSettings(
         temperatures=to_tensor(request.temperatures.astype(np.float64)),
         top_ks=to_tensor(request.top_ks),
@@ -74,27 +84,26 @@ def generate(network: SteppingNetwork, views: RowViews, request: GenerateRequest
         any_filter=bool(((request.top_ks > 0) | (request.top_ps < 1)).any()),
     )
     uniform = _uniforms(request)  # (T, B) float64
-    has_stops = bool((request.stop_tokens >= 0).any())
-    stops = to_tensor(request.stop_tokens)
-    tokens = torch.empty(request.num_tokens, num_rows, dtype=torch.int64)
-    logprobs = torch.empty(request.num_tokens, num_rows)
-    counts = torch.full((num_rows,), 0 if has_stops else request.num_tokens, dtype=torch.int64)
+    stops, num_tokens = to_tensor(request.stop_tokens), to_tensor(request.num_tokens)
+    tokens = torch.empty(most_tokens, num_rows, dtype=torch.int64)
+    logprobs = torch.empty(most_tokens, num_rows)
+    counts = torch.full((num_rows,), 0 if may_end_early else most_tokens, dtype=torch.int64)
     alive = torch.ones(num_rows, dtype=torch.bool)
-    for step in range(request.num_tokens):
+    for step in range(most_tokens):
         logits = network.head(views.padded_top_hidden)  # (B', O')
         totals = torch.logsumexp(logits, dim=1)  # (B',)
         logits, totals = logits[:num_rows], totals[:num_rows]
         sampled = sample(logits, uniform[step], settings)  # (B,)
         tokens[step] = sampled
         torch.sub(logits.gather(1, sampled.unsqueeze(1)).squeeze(1), totals, out=logprobs[step])
-        if not has_stops:
+        if not may_end_early:
             network.advance(views, sampled)
             continue
         kept = views.states.clone()
         network.advance(views, sampled)
         torch.where(alive.unsqueeze(1), views.states, kept, out=views.states)
         counts += alive
-        alive &= (sampled.unsqueeze(1) != stops).all(1)
+        alive &= (sampled.unsqueeze(1) != stops).all(1) & (counts < num_tokens)
         if not bool(alive.any()):
             tokens[step + 1 :].zero_()
             logprobs[step + 1 :].zero_()
@@ -104,6 +113,6 @@ def generate(network: SteppingNetwork, views: RowViews, request: GenerateRequest
 
 def _uniforms(request: GenerateRequest) -> Tensor:
     """The random number of each token, (T, B) float64: a function of the seed and the token's position."""
-    positions = request.positions + np.arange(request.num_tokens)[:, None]  # (T, B)
+    positions = request.positions + np.arange(request.most_tokens)[:, None]  # (T, B)
     seeds = np.broadcast_to(request.seeds.view(np.int64), positions.shape)
     return uniforms(to_tensor(seeds), to_tensor(positions))

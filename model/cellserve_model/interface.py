@@ -47,7 +47,7 @@ class Stepper(Protocol):
     def submit_generate(
         self,
         slots: NDArray[np.int64],
-        num_tokens: int,
+        num_tokens: NDArray[np.int64],
         positions: NDArray[np.int64],
         seeds: NDArray[np.uint64],
         temperatures: NDArray[np.float32],

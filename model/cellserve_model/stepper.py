@@ -91,7 +91,7 @@ class CpuStepper:
     def submit_generate(
         self,
         slots: NDArray[np.int64],
-        num_tokens: int,
+        num_tokens: NDArray[np.int64],
         positions: NDArray[np.int64],
         seeds: NDArray[np.uint64],
         temperatures: NDArray[np.float32],
@@ -99,7 +99,7 @@ class CpuStepper:
         top_ps: NDArray[np.float32],
         stop_tokens: NDArray[np.int64],
     ) -> Ticket[GenerateResult]:
-        """Sample `num_tokens` tokens for each slot, each of them consumed.
+        """Sample tokens for each slot, each of them consumed: so many that num_tokens says, (B,) int64, at least 1.
 
         positions: (B,) int64, tokens consumed so far. seeds: (B,) uint64. temperatures: (B,) float32, 0 takes
         the likeliest. top_ks: (B,) int64, 0 is off. top_ps: (B,) float32, 1 is off. stop_tokens: (B, Q)
@@ -119,7 +119,7 @@ class CpuStepper:
             self._slab.gather(rows, views.states)
             outputs = generate(self._network, views, request)
             self._slab.scatter(rows, views.states)
-            num_padding_rows = num_tokens * (self._network.padded_rows(len(slots)) - len(slots))
+            num_padding_rows = int(num_tokens.max()) * (self._network.padded_rows(len(slots)) - len(slots))
             return Ticket(lambda seconds: outputs.result(num_padding_rows, seconds), time.perf_counter() - started)
 
     def collect(self, ticket: Ticket[ResultT]) -> ResultT:

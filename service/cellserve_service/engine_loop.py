@@ -6,12 +6,12 @@ as long as one batch takes; meanwhile gRPC's own threads go on, and clients work
 """
 
 import asyncio
-import gc
 import logging
 import time
 from collections import deque
 from collections.abc import Callable
 
+from cellserve_service.collecting import settle_collector
 from cellserve_service.engine import Engine
 from cellserve_service.idempotency import RequestMemory
 from cellserve_service.messages import Command, Event, SubmitGenerate, SubmitRuns
@@ -21,9 +21,10 @@ SWEEP_SECONDS = 1.0
 # gRPC brings one call, and one frame of a stream, in some turns of the event loop. A batch that began with the first
 # would hold up the next for as long as it takes, and they would be served one by one. So where more may be on its way
 # a turn of the engine waits until so many turns of the loop have brought nothing, but not for longer than the last one
-# took, or GATHERING_SECONDS. More may be on its way behind a call, at once after a turn, and, where there is work left,
-# behind a turn so long that much has come meanwhile. Somebody who is alone would wait for nothing: after so many turns
-# that had one message each, fewer turns of the loop are enough, until they bring another.
+# took, or GATHERING_SECONDS. (Turns, not seconds: in a turn that writes answers, nothing can come.) More may be on its
+# way behind a call, at once after a turn, and, where there is work left, behind a turn so long that much has come
+# meanwhile. Somebody who is alone would wait for nothing: after LONE_TURNS of the engine that had one message each,
+# fewer turns of the loop are enough, until they bring another.
 GATHERING_TURNS = 32
 LONE_GATHERING_TURNS = 4
 LONE_TURNS = 8
@@ -72,9 +73,7 @@ class EngineLoop:
         self._turn_seconds = 0.0  # of the last turn
         self._turn_ended_at = 0.0
         self._ended = False
-        # What was loaded until here stays: the collector need not look through it again and again.
-        gc.collect()
-        gc.freeze()
+        settle_collector()
         self._loop.call_later(SWEEP_SECONDS, self._sweep)
         if ask_store is not None:
             self._loop.call_later(checkpoint_interval_seconds, self._checkpoint)
@@ -108,7 +107,7 @@ class EngineLoop:
             self._loop.call_soon(self._gather, 0, 0, self._clock() + seconds)
 
     def _gather(self, num_before: int, num_idle: int, until: float) -> None:
-        """Take a turn when calls have ceased to come. num_before: how many had one turn of the loop ago."""
+        """Take a turn when messages have ceased to come. num_before: how many had one turn of the loop ago."""
         number = self._num_come
         num_idle = num_idle + 1 if number == num_before else 0
         enough = GATHERING_TURNS if self._num_lone_turns < LONE_TURNS else LONE_GATHERING_TURNS

@@ -22,9 +22,6 @@ from cellserve_service.stepping import FloatArray, GenerateResult, IntArray, Tok
 
 MAX_TOKENS = 1_000_000
 MAX_STOP_TOKENS = 256
-# Tokens of one session in a tick, so that they stream and a broken call stops soon.
-MAX_SLICE_TOKENS = 16
-MAX_TICK_TOKENS = 512
 
 _AGAIN = Refusal(ErrorReason.ERROR_REASON_RUN_CANCELLED, "the same generate was asked for again")
 
@@ -183,15 +180,15 @@ def begin_generate_tick(core: Core, served: ServedModel) -> GenerateTick | None:
     runs.status[sessions.next_run[rows]] = Status.STARTED
     generations = [core.generations[row] for row in rows.tolist()]
     commands = [generation.command for generation in generations]
-    num_tokens = max(1, min(MAX_SLICE_TOKENS, MAX_TICK_TOKENS // len(rows)))
-    num_tokens = min(num_tokens, *(generation.remaining for generation in generations))
+    num_slice = served.pace.slice_tokens(core.now, len(rows))
+    remaining = np.array([generation.remaining for generation in generations])
     most_stops = max(len(command.stop_tokens) for command in commands)
     stop_tokens = np.full((len(rows), most_stops), -1, np.int64)
     for place, command in enumerate(commands):
         stop_tokens[place, : len(command.stop_tokens)] = command.stop_tokens
     ticket = served.stepper.submit_generate(
         sessions.slot[rows].astype(np.int64),
-        num_tokens,
+        np.minimum(remaining, num_slice),
         sessions.position[rows],
         np.array([command.seed for command in commands], np.uint64),
         np.array([command.temperature for command in commands], np.float32),
@@ -210,10 +207,13 @@ def finish_generate_tick(core: Core, tick: GenerateTick, result: GenerateResult)
     sessions.position[tick.rows] += result.counts
     sessions.accepted[tick.rows] += result.counts
     statistics = core.statistics.models[served.index]
-    statistics.steps_generated += int(result.counts.sum())
+    num_sampled = int(result.counts.sum())
+    statistics.steps_generated += num_sampled
+    served.pace.generated(num_sampled, result.compute_seconds)
     statistics.count_tick(result, core.now - tick.begun_at)
-    for place, row in enumerate(tick.rows.tolist()):
-        count = int(result.counts[place])
+    _hold(core, served, tick.rows, result)
+    _count_pauses(core, served, tick.rows, result.counts)
+    for place, (row, count) in enumerate(zip(tick.rows.tolist(), result.counts.tolist(), strict=True)):
         _take_slice(core, served, row, result.tokens[place, :count], result.logprobs[place, :count])
     if core.keeping is not None:
         core.keeping.advanced(served, tick.rows, tick.rows)
@@ -223,14 +223,9 @@ def finish_generate_tick(core: Core, tick: GenerateTick, result: GenerateResult)
 def _take_slice(core: Core, served: ServedModel, row: int, tokens: TokenArray, logprobs: FloatArray) -> None:
     generation, command = core.generations[row], core.generations[row].command
     position = int(core.sessions.position[row])
-    _hold(core, served, row, position - len(tokens), tokens, logprobs)
     generation.remaining -= len(tokens)
     stopped = int(tokens[-1]) in command.stop_tokens
     finished = stopped or generation.remaining == 0
-    if generation.last_token_at is not None:
-        pause = (core.now - generation.last_token_at) / len(tokens)
-        core.statistics.models[served.index].inter_token.observe(np.full(len(tokens), pause))
-    generation.last_token_at = core.now
     if not generation.is_lost:
         _tell(core, row, command, tokens, logprobs, position, finished, stopped)
     if finished or generation.broken_off is not None:
@@ -244,19 +239,32 @@ def _take_slice(core: Core, served: ServedModel, row: int, tokens: TokenArray, l
                 core.refuse(generation.successor.stream, [generation.successor.request], [refusal])
 
 
-def _hold(core: Core, served: ServedModel, row: int, start: int, tokens: TokenArray, logprobs: FloatArray) -> None:
-    """Keep a slice as a held answer of the session, the tokens and then their log-probabilities."""
-    table, limits = served.runs, core.limits
-    runs = table.allocate(1, Kind.GENERATE)
-    run = int(runs[0])
-    table.session[run] = row
-    table.start[run] = start
-    table.count[run] = len(tokens)
-    table.digest[run] = core.generations[row].digest
-    table.hold(runs, np.array([2 * len(tokens)]))
-    table.held_answer(run).reshape(2, -1)[:] = tokens, logprobs.view(np.uint32)
-    table.insert_held(row, run)
-    table.release_beyond(np.array([row], np.int64), limits.max_held_answers, limits.max_held_answer_bytes // 4)
+def _hold(core: Core, served: ServedModel, rows: IntArray, result: GenerateResult) -> None:
+    """Keep each slice as a held answer of its session, the tokens and then their log-probabilities."""
+    table, limits, counts = served.runs, core.limits, result.counts
+    runs = table.allocate(len(rows), Kind.GENERATE)
+    table.session[runs] = rows.astype(np.int32)
+    table.start[runs] = core.sessions.position[rows] - counts
+    table.count[runs] = counts
+    table.digest[runs] = np.array([core.generations[row].digest for row in rows.tolist()], np.uint64)
+    words = table.hold(runs, 2 * counts)
+    places = np.arange(result.tokens.shape[1])
+    is_sampled = places < counts[:, None]  # the others come after a stop token
+    starts = (2 * (counts.cumsum() - counts))[:, None] + places
+    words[starts[is_sampled]] = result.tokens[is_sampled]
+    words[(starts + counts[:, None])[is_sampled]] = result.logprobs[is_sampled].view(np.uint32)
+    table.insert_held(rows, runs)
+    table.release_beyond(rows, limits.max_held_answers, limits.max_held_answer_bytes // 4)
+
+
+def _count_pauses(core: Core, served: ServedModel, rows: IntArray, counts: IntArray) -> None:
+    """Count the seconds before each token; those of a generate's first slice have none before them."""
+    generations = [core.generations[row] for row in rows.tolist()]
+    last = np.array([np.nan if one.last_token_at is None else one.last_token_at for one in generations])
+    pauses = np.repeat((core.now - last) / counts, counts)
+    core.statistics.models[served.index].inter_token.observe(pauses[~np.isnan(pauses)])
+    for generation in generations:
+        generation.last_token_at = core.now
 
 
 def _tell(

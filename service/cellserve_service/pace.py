@@ -7,6 +7,11 @@ from typing import Final
 ROWS_SECONDS: Final = 0.003
 PARTS_SECONDS: Final = 0.01
 SINGLES_SECONDS: Final = 0.1
+# Of a generate in one tick. Each slice is a message, and a held answer, whatever is in it, so it is small only where
+# single tokens come; but its tokens should stream, and a broken call stop soon.
+SLICE_TOKENS: Final = 8
+SLICE_TOKENS_BESIDE_SINGLES: Final = 2
+MAX_SLICE_TOKENS: Final = 16
 # Before the first tick has told how long a token takes.
 FIRST_TICK_TOKENS: Final = 512
 
@@ -21,13 +26,28 @@ class Pace:
         self._efficient_batch = efficient_batch
         self.num_left = 0
         self._singles_until = 0.0
-        self._seconds_a_token = PARTS_SECONDS / FIRST_TICK_TOKENS
+        self._seconds_a_token = self._seconds_a_sample = PARTS_SECONDS / FIRST_TICK_TOKENS
 
-    def num_tokens(self, now: float, *, has_singles: bool) -> int:
-        """How many tokens the next tick takes, where some of its runs are long. has_singles: others have one token."""
-        if has_singles:
-            self._singles_until = now + SINGLES_SECONDS
-        return int((ROWS_SECONDS if now < self._singles_until else PARTS_SECONDS) / self._seconds_a_token)
+    def note_singles(self, now: float) -> None:
+        """Single tokens are stepped now, so that more of them are to be expected."""
+        self._singles_until = now + SINGLES_SECONDS
+
+    def num_tokens(self, now: float) -> int:
+        """How many tokens the next tick takes, where some of its runs are long."""
+        return int(self._seconds(now) / self._seconds_a_token)
+
+    @property
+    def num_generating(self) -> int:
+        """How many sessions a tick of generates takes at most: half of a batch is nearly as efficient, and streams."""
+        return (self._efficient_batch + 1) // 2
+
+    def slice_tokens(self, now: float, num_rows: int) -> int:
+        """How many tokens the next tick of generates samples for each of so many."""
+        least = SLICE_TOKENS_BESIDE_SINGLES if now < self._singles_until else SLICE_TOKENS
+        return min(MAX_SLICE_TOKENS, max(least, int(self._seconds(now) / self._seconds_a_sample) // num_rows))
+
+    def _seconds(self, now: float) -> float:
+        return ROWS_SECONDS if now < self._singles_until else PARTS_SECONDS
 
     def num_rows(self, num_ready: int) -> int:
         """How many of the sessions that are ready the next tick takes.
@@ -42,3 +62,7 @@ class Pace:
     def took(self, num_tokens: int, seconds: float) -> None:
         """A tick has taken so long."""
         self._seconds_a_token = max(seconds, 1e-9) / num_tokens
+
+    def generated(self, num_tokens: int, seconds: float) -> None:
+        """A tick of generates has taken so long."""
+        self._seconds_a_sample = max(seconds, 1e-9) / num_tokens

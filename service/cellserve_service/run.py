@@ -1,8 +1,9 @@
 """Reads the settings, sets up the logs, and runs the server."""
 
-import asyncio
 import sys
 from collections.abc import Sequence
+
+import uvloop
 
 from cellserve_service.errors import StartError
 from cellserve_service.logs import set_up_logs
@@ -15,7 +16,7 @@ def run(arguments: Sequence[str]) -> int:
     settings = read_settings(arguments)
     set_up_logs(settings)
     try:
-        return asyncio.run(Server(settings, LoadSteppers()).run())
+        return uvloop.run(Server(settings, LoadSteppers()).run())
     except StartError as error:
         print(f"cellserve-server: {error}", file=sys.stderr)  # noqa: T201 - it is what the command says
         return 2

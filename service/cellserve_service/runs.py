@@ -141,15 +141,19 @@ class RunTable(Table):
         self.requests.discard(self.asked[runs])
         self.asked[runs] = NOT_ASKED
 
-    def insert_held(self, row: int, run: int) -> None:
-        """Put a finished run behind the session's held answers, before its unfinished runs."""
-        sessions = self._sessions
-        self.status[run] = Status.HELD
-        self._link(row, int(sessions.last_held[row]), run)
-        self._link(row, run, int(sessions.next_run[row]))
-        sessions.last_held[row] = run
-        sessions.num_held[row] += 1
-        sessions.held_words[row] += self.held_words[run]
+    def insert_held(self, rows: IntArray, runs: IntArray) -> None:
+        """Put a finished run behind each session's held answers, before its unfinished runs. rows: all different."""
+        sessions, narrow = self._sessions, runs.astype(np.int32)
+        self.status[runs] = Status.HELD
+        last, following = sessions.last_held[rows].astype(np.int64), sessions.next_run[rows]
+        is_first, is_last = last == NO_RUN, following == NO_RUN
+        self.next[last[~is_first]] = runs[~is_first]
+        sessions.first_run[rows[is_first]] = narrow[is_first]
+        self.next[runs] = following
+        sessions.last_run[rows[is_last]] = narrow[is_last]
+        sessions.last_held[rows] = narrow
+        sessions.num_held[rows] = sessions.num_held[rows] + 1
+        sessions.held_words[rows] = sessions.held_words[rows] + self.held_words[runs]
 
     def release_beyond(self, rows: IntArray, max_held: int, max_words: int) -> None:
         """Let go of the oldest held answers of sessions that hold more than they may. rows: all different."""

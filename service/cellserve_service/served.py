@@ -30,11 +30,11 @@ class ServedModel:
         # Sessions whose first unfinished run a tick can take: a queue for Kind.RUN, one for Kind.GENERATE.
         self.ready = (RowQueue(limits.max_sessions), RowQueue(limits.max_sessions))
         self.num_in_ticks = 0  # sessions
-        self.pace = Pace(stepper.efficient_batch)  # of ticks of runs
+        self.pace = Pace(stepper.efficient_batch)
 
     def num_room(self, kind: int) -> int:
         """How many sessions one more tick takes at most."""
-        most = self.pace.num_rows(len(self.ready[kind])) if kind == Kind.RUN else self.stepper.efficient_batch
+        most = self.pace.num_rows(len(self.ready[kind])) if kind == Kind.RUN else self.pace.num_generating
         return min(most, self.stepper.max_batch, self.slots.num_slots - self.num_in_ticks)
 
     @property

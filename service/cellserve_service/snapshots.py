@@ -170,6 +170,6 @@ def restore_answers(core: Core, served: ServedModel, row: int, stored: StoredSes
         if answer["is_held"] and num_words:
             table.hold(runs, np.array([num_words]))
             table.held_answer(run)[:] = words
-        table.insert_held(row, run)
+        table.insert_held(np.array([row], np.int64), runs)
     limits = core.limits
     table.release_beyond(np.array([row], np.int64), limits.max_held_answers, limits.max_held_answer_bytes // 4)

@@ -80,7 +80,7 @@ class StepResult(Protocol):
 
 
 class GenerateResult(Protocol):
-    """Tokens sampled in a tick: the first `counts[b]` of row b are real, and consumed."""
+    """Tokens sampled in a tick: the first `counts[b]` of row b are real, and consumed. T: the most of a row."""
 
     @property
     def tokens(self) -> TokenArray: ...  # (B, T)
@@ -118,7 +118,7 @@ class Stepper(Protocol):
     def submit_generate(
         self,
         slots: IntArray,  # (B,)
-        num_tokens: int,
+        num_tokens: IntArray,  # (B,) at least 1
         positions: IntArray,  # (B,)
         seeds: NDArray[np.uint64],  # (B,)
         temperatures: FloatArray,  # (B,) 0: greedy

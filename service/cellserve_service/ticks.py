@@ -31,6 +31,8 @@ def begin_run_tick(core: Core, served: ServedModel) -> RunTick | None:
     done = requests.done[asked]
     remaining = requests.num_tokens[asked] - done
     first = requests.tokens[asked] + done
+    if np.count_nonzero(remaining == 1):
+        served.pace.note_singles(core.now)
     if remaining.max() == 1:
         counts = remaining
         tokens = requests.token_pool.rows[first]
@@ -66,7 +68,7 @@ def _slice_lengths(core: Core, served: ServedModel, spec: IntArray, remaining: I
     token_bytes = np.where(specs.is_every[spec], specs.row_bytes[spec], 1)
     num_long = int(np.count_nonzero(remaining > 1))
     num_single = len(spec) - num_long
-    in_all = min(limits.max_sliced_tick_tokens, served.pace.num_tokens(core.now, has_singles=num_single > 0))
+    in_all = min(limits.max_sliced_tick_tokens, served.pace.num_tokens(core.now))
     fair = min(limits.max_slice_tokens, max(1, (in_all - num_single) // num_long))
     within_tick = MAX_TICK_OUTPUT_BYTES // (int(token_bytes.max()) * len(spec))
     most_bytes = min(limits.max_answer_bytes, MAX_PART_BYTES)

@@ -10,7 +10,9 @@ import socket
 import sys
 
 import structlog
+import uvloop
 
+from cellserve_service.collecting import settle_collector
 from cellserve_service.control import (
     CannotServe,
     Count,
@@ -56,6 +58,7 @@ class _Worker:
         except StartError as error:
             self._link.post(CannotServe(str(error)))
         else:
+            settle_collector()
             await self._front_end.serve(self._link, serve.facts, serve.number)
             self._link.post(Serving())
             await self._obey()
@@ -105,4 +108,4 @@ async def _main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_main())
+    uvloop.run(_main())

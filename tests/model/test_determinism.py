@@ -144,7 +144,7 @@ def test_generated_tokens_are_the_same_to_the_last_bit_however_a_generation_is_c
             result = stepper.collect(
                 stepper.submit_generate(
                     np.array(slots),
-                    length,
+                    np.full(size, length),
                     np.full(size, position),
                     np.arange(size).astype(np.uint64)[::-1].copy(),
                     np.linspace(0.5, 1.5, size, dtype=np.float32)[::-1].copy(),

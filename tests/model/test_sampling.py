@@ -156,7 +156,7 @@ VOCAB = 11
 
 def _generate(
     stepper: Stepper,
-    num_tokens: int,
+    num_tokens: int | NDArray[np.int64],
     *,
     slots: list[int],
     position: int = 0,
@@ -167,7 +167,7 @@ def _generate(
     return stepper.collect(
         stepper.submit_generate(
             np.array(slots),
-            num_tokens,
+            np.broadcast_to(num_tokens, size),
             np.full(size, position),
             np.array([7 * slot for slot in slots], dtype=np.uint64),
             np.full(size, temperature, dtype=np.float32),
@@ -198,16 +198,18 @@ def _expected(directory: Path, slot: int, num_tokens: int, temperature: float) -
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
+@pytest.mark.parametrize("counts", [[15, 15, 15], [15, 1, 8]])
 def test_generated_tokens_are_those_that_the_transcription_samples(
-    tmp_path: Path, load: LoadStepper, temperature: float
+    tmp_path: Path, load: LoadStepper, counts: list[int], temperature: float
 ) -> None:
     stepper = load(_model(tmp_path))
-    result = _generate(stepper, 15, slots=[4, 2, 9], temperature=temperature)
-    assert result.counts.tolist() == [15, 15, 15]
+    result = _generate(stepper, np.array(counts), slots=[4, 2, 9], temperature=temperature)
+    assert result.counts.tolist() == counts
     for row, slot in enumerate([4, 2, 9]):
-        tokens, logprobs = _expected(tmp_path, slot, 15, temperature)
-        assert result.tokens[row].tolist() == tokens
-        np.testing.assert_allclose(result.logprobs[row], logprobs, atol=1e-5)
+        count = counts[row]
+        tokens, logprobs = _expected(tmp_path, slot, count, temperature)
+        assert result.tokens[row, :count].tolist() == tokens
+        np.testing.assert_allclose(result.logprobs[row, :count], logprobs, atol=1e-5)
         state = Oracle(tmp_path).run(tokens).states[-1]
         np.testing.assert_allclose(stepper.read_rows(np.array([slot]))[0], state, atol=1e-5)
 

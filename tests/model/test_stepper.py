@@ -200,7 +200,7 @@ def _generate(stepper: Stepper, slots: list[int], num_tokens: int, stop_tokens: 
     stepper.collect(
         stepper.submit_generate(
             np.array(slots),
-            num_tokens,
+            np.full(size, num_tokens),
             np.zeros(size, dtype=np.int64),
             np.arange(size, dtype=np.uint64),
             np.ones(size, dtype=np.float32),

@@ -2,16 +2,16 @@
 
 import pytest
 
-from cellserve_service.generation import MAX_SLICE_TOKENS
 from cellserve_service.limits import EngineLimits
 from cellserve_service.outputs import At, OutputSpec
+from cellserve_service.pace import MAX_SLICE_TOKENS
 from tests.service.driving import UNARY, Driver, Row
 
 EVERY = OutputSpec(at=At.EVERY, next_token=True, states=True)
 
 
-def _driver(limits: EngineLimits | None = None) -> Driver:
-    driver = Driver(limits)
+def _driver(limits: EngineLimits | None = None, *, max_batch: int = 4) -> Driver:
+    driver = Driver(limits, max_batch=max_batch)
     driver.open(UNARY, ["a"], unary=True)
     driver.run(UNARY, Row("a", [1, 2, 3]), outputs=EVERY)
     driver.settle()
@@ -46,13 +46,16 @@ def test_a_stop_token_is_the_last_one_streamed_and_is_consumed() -> None:
 
 
 def test_generates_of_several_sessions_share_ticks_each_with_its_own_settings() -> None:
-    driver = _driver()
+    driver = _driver(max_batch=6)
     driver.open(UNARY, ["b", "c"], unary=True)
     driver.generate("a", 5, temperature=0.0)
     driver.generate("b", 40, stop_tokens=(2,))
     driver.generate("c", 40, seed=2**64 - 1)
     driver.begin()
-    assert len(driver.ticks[0].rows) == 3
+    counts = driver.ticks[0].ticket.result.counts.tolist()
+    assert len(counts) == 3
+    assert counts[0] == 5  # one that is nearly done makes nobody's slice short
+    assert counts[2] == MAX_SLICE_TOKENS
     driver.end()
 
 

@@ -2,7 +2,16 @@
 
 import pytest
 
-from cellserve_service.pace import FIRST_TICK_TOKENS, PARTS_SECONDS, ROWS_SECONDS, SINGLES_SECONDS, Pace
+from cellserve_service.pace import (
+    FIRST_TICK_TOKENS,
+    MAX_SLICE_TOKENS,
+    PARTS_SECONDS,
+    ROWS_SECONDS,
+    SINGLES_SECONDS,
+    SLICE_TOKENS,
+    SLICE_TOKENS_BESIDE_SINGLES,
+    Pace,
+)
 
 
 @pytest.fixture
@@ -34,23 +43,35 @@ def test_a_tick_takes_as_many_tokens_as_the_last_ones_speed_allows(pace: Pace) -
     pace.took(100, 100 * ROWS_SECONDS / 500)
     assert taken(pace, 10_000) == pytest.approx(500, abs=1)
     pace.took(100, 100 * PARTS_SECONDS / 500)
-    assert pace.num_tokens(1.0, has_singles=False) == pytest.approx(500, abs=1)
+    assert pace.num_tokens(1.0) == pytest.approx(500, abs=1)
     pace.took(10, 1.0)
-    assert pace.num_tokens(1.0, has_singles=False) == 0
+    assert pace.num_tokens(1.0) == 0
     assert taken(pace, 10_000) == 128
 
 
 def test_long_runs_take_smaller_parts_for_a_moment_after_single_tokens(pace: Pace) -> None:
     pace.took(100, 100 * PARTS_SECONDS / 500)
     small = pytest.approx(500 * ROWS_SECONDS / PARTS_SECONDS, abs=1)
-    assert pace.num_tokens(1.0, has_singles=True) == small
-    assert pace.num_tokens(1.0 + SINGLES_SECONDS / 2, has_singles=False) == small
-    assert pace.num_tokens(1.0 + SINGLES_SECONDS, has_singles=False) == pytest.approx(500, abs=1)
+    pace.note_singles(1.0)
+    assert pace.num_tokens(1.0) == pace.num_tokens(1.0 + SINGLES_SECONDS / 2) == small
+    assert pace.num_tokens(1.0 + SINGLES_SECONDS) == pytest.approx(500, abs=1)
+
+
+def test_generates_take_slices_worth_a_message_of_half_a_batch(pace: Pace) -> None:
+    pace.generated(100, 100 * PARTS_SECONDS / 500)
+    assert pace.num_generating == 64
+    assert pace.slice_tokens(1.0, 64) == SLICE_TOKENS
+    assert pace.slice_tokens(1.0, 50) == pytest.approx(10, abs=1)
+    assert pace.slice_tokens(1.0, 5) == MAX_SLICE_TOKENS
+    pace.note_singles(1.0)
+    assert pace.slice_tokens(1.0, 64) == SLICE_TOKENS_BESIDE_SINGLES
+    assert pace.slice_tokens(1.0, 30) == pytest.approx(500 * ROWS_SECONDS / PARTS_SECONDS / 30, abs=1)
+    assert pace.slice_tokens(1.0 + SINGLES_SECONDS, 64) == SLICE_TOKENS
 
 
 def test_before_the_first_tick_its_speed_is_a_guess() -> None:
     pace = Pace(efficient_batch=16)
-    assert pace.num_tokens(1.0, has_singles=False) == pytest.approx(FIRST_TICK_TOKENS, abs=1)
+    assert pace.num_tokens(1.0) == pytest.approx(FIRST_TICK_TOKENS, abs=1)
     assert taken(pace, 10_000) == pytest.approx(FIRST_TICK_TOKENS * ROWS_SECONDS / PARTS_SECONDS, abs=1)
 
 

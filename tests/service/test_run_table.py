@@ -164,7 +164,7 @@ def test_a_finished_run_can_be_put_between_held_answers_and_unfinished_runs() ->
             runs = chains.table.allocate(1, Kind.GENERATE)
             chains.table.hold(runs, np.array([2]))
             chains.table.held_answer(int(runs[0]))[:] = runs
-            chains.table.insert_held(row, int(runs[0]))
+            chains.table.insert_held(np.array([row]), runs)
             chains.held[row].append(int(runs[0]))
     for row in range(2):
         held = chains.held[row]

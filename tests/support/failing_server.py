@@ -1,11 +1,11 @@
 """The real server on a device that fails at one token: run as a script, it takes the server's own flags."""
 
-import asyncio
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import uvloop
 
 from cellserve_service.server import LoadSteppers, Server
 from cellserve_service.settings import Settings, read_settings
@@ -37,4 +37,4 @@ class LoadFailingSteppers(LoadSteppers):
 
 
 if __name__ == "__main__":
-    raise SystemExit(asyncio.run(Server(read_settings(sys.argv[1:]), LoadFailingSteppers()).run()))
+    raise SystemExit(uvloop.run(Server(read_settings(sys.argv[1:]), LoadFailingSteppers()).run()))

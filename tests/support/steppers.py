@@ -170,7 +170,7 @@ class FakeStepper:
     def submit_generate(
         self,
         slots: IntArray,
-        num_tokens: int,
+        num_tokens: IntArray,
         positions: IntArray,
         seeds: NDArray[np.uint64],
         temperatures: FloatArray,
@@ -179,13 +179,14 @@ class FakeStepper:
         stop_tokens: IntArray,
     ) -> _Ticket:
         self._check(slots)
-        assert num_tokens >= 1
-        tokens = np.zeros((len(slots), num_tokens), np.uint32)
-        logprobs = np.zeros((len(slots), num_tokens), np.float32)
+        assert (num_tokens >= 1).all()
+        most = int(num_tokens.max())
+        tokens = np.zeros((len(slots), most), np.uint32)
+        logprobs = np.zeros((len(slots), most), np.float32)
         counts = np.zeros(len(slots), np.int64)
         for row, slot in enumerate(slots.tolist()):
             settings = (int(seeds[row]), float(temperatures[row]), int(top_ks[row]), float(top_ps[row]))
-            for place in range(num_tokens):
+            for place in range(int(num_tokens[row])):
                 token = self.info.draw(self.slab[slot], int(positions[row]) + place, *settings)
                 self.slab[slot], after = self.info.advance(self.slab[slot], np.uint32(token))
                 tokens[row, place], logprobs[row, place] = token, after.logprob

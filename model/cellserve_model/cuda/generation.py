@@ -25,7 +25,7 @@ __all__ = ["CudaGeneration"]
 
 _TOKENS_AT_ONCE = 64  # for as many there is room; a longer tick copies them out and goes on
 _STOPS_IN_GRAPH = 16  # a tick with more stop tokens than this is launched kernel by kernel
-_MOVES = 2  # what `alive` is told of a row that has not met its stop token
+_MOVES = 2  # what `alive` is told of a row that has not come to its end
 _BLOCK = 1024
 
 
@@ -46,6 +46,7 @@ class CudaGeneration:
         self._done, self._alive, self._counts = self._rows.unbind(0)
         self._tokens = torch.zeros(_TOKENS_AT_ONCE, rows, dtype=torch.int32, device=device)
         self._logprobs = torch.zeros(_TOKENS_AT_ONCE, rows, device=device)
+        self._limits = torch.zeros(rows, dtype=torch.int32, device=device)
         self._nothing = torch.zeros(rows, dtype=torch.int32, device=device)
 
     def warm_up(self, buckets: list[int]) -> None:
@@ -58,8 +59,8 @@ class CudaGeneration:
                 self._replays[bucket] = self._capture(functools.partial(self._launch, bucket, stops))
 
     def run(self, slots: NDArray[np.int64], request: GenerateRequest) -> GeneratedTensors:
-        """Sample `num_tokens` for each slot; a row that has met its stop token keeps its state from then on."""
-        network, slab, num_rows = self._network, self._network.slab, len(slots)
+        """Sample for each slot; a row that has all its tokens, or met a stop token, keeps its state from then on."""
+        network, slab, num_rows, most_tokens = self._network, self._network.slab, len(slots), request.most_tokens
         bucket, device = network.bucket(num_rows), network.device
         sources, targets = slab.rows(slots), slab.take_spares(num_rows)
         columns = network.step.columns(bucket)
@@ -70,20 +71,21 @@ class CudaGeneration:
         self._temperatures[num_rows:bucket].zero_()  # rows of padding take the likeliest, which is soonest done
         self._top_ks[:num_rows].copy_(upload(request.top_ks, device))
         self._top_ps[:num_rows].copy_(upload(request.top_ps, device, torch.float32))
+        self._limits[:num_rows].copy_(upload(request.num_tokens, device))
         self._counts[:bucket].zero_()
         self._alive[:bucket].fill_(_MOVES)
         launch = self._launch_for(bucket, request.stop_tokens)
         parts = []
-        for first in range(0, request.num_tokens, _TOKENS_AT_ONCE):
-            size = min(_TOKENS_AT_ONCE, request.num_tokens - first)
+        for first in range(0, most_tokens, _TOKENS_AT_ONCE):
+            size = min(_TOKENS_AT_ONCE, most_tokens - first)
             self._done[:bucket].zero_()
             for _ in range(size):
                 launch()
             self._positions[:num_rows] += size
             parts.append((self._tokens[:size, :num_rows].long(), self._logprobs[:size, :num_rows].clone()))
-        is_odd = request.num_tokens % 2 == 1
+        is_odd = most_tokens % 2 == 1
         ends, spares = (targets, sources) if is_odd else (sources, targets)
-        if (request.stop_tokens >= 0).any():
+        if request.may_end_early:
             # A row that has stopped stands where it stopped; the slab expects it where the others are.
             states = slab.bits.index_select(0, columns[0, :num_rows])
             slab.bits.index_copy_(0, upload(ends, device, torch.int64), states)
@@ -131,6 +133,7 @@ class CudaGeneration:
                 done=self._done[rows],
                 alive=self._alive[rows],
                 counts=self._counts[rows],
+                limits=self._limits[rows],
                 out_tokens=self._tokens[:, rows],
                 out_logprobs=self._logprobs[:, rows],
                 out_stride=self._tokens.shape[1],

@@ -116,11 +116,11 @@ def sample_kernel(
     seeds, positions, temperatures, top_ks, top_ps,  # (B,): int64, int64, float32, int32, float32
     stops, num_stops,  # (B, Q) int32, padded with -1
     tokens,  # (B,) int32: what the step consumes
-    done, alive, counts,  # (B,) int32: tokens sampled, whether the row still moves, tokens consumed
+    done, alive, counts, limits,  # (B,) int32: tokens sampled, whether the row still moves, tokens consumed, at most
     out_tokens, out_logprobs, out_stride,  # (T, B)
     num_outputs: tl.constexpr, num_tokens: tl.constexpr, block: tl.constexpr,
 ):
-    """Sample a token for each row, B programs; a row whose stop token comes moves for the last time."""
+    """Sample a token for each row, B programs; at its limit, or with a stop token, it moves for the last time."""
     row = tl.program_id(0)
     values = logits + row.to(tl.int64) * num_outputs
     step = tl.load(done + row)
@@ -138,14 +138,17 @@ def sample_kernel(
     tl.store(out_logprobs + place, tl.load(values + token) - tl.load(totals + row))
     tl.store(done + row, step + 1)
     state = tl.load(alive + row)  # 2: moves, 1: moves for the last time, 0: stays
+    count = tl.load(counts + row)
     if state == 2:
+        if count + 1 >= tl.load(limits + row):
+            state = 1
         for number_of_stop in range(num_stops):
             if tl.load(stops + row.to(tl.int64) * num_stops + number_of_stop) == token:
                 state = 1
     else:
         state = 0
     tl.store(alive + row, state)
-    tl.store(counts + row, tl.load(counts + row) + tl.where(state > 0, 1, 0))
+    tl.store(counts + row, count + tl.where(state > 0, 1, 0))
 
 
 @triton.jit

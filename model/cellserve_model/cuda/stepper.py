@@ -84,7 +84,7 @@ class CudaStepper:
     def submit_generate(
         self,
         slots: NDArray[np.int64],
-        num_tokens: int,
+        num_tokens: NDArray[np.int64],
         positions: NDArray[np.int64],
         seeds: NDArray[np.uint64],
         temperatures: NDArray[np.float32],
@@ -92,7 +92,7 @@ class CudaStepper:
         top_ps: NDArray[np.float32],
         stop_tokens: NDArray[np.int64],
     ) -> Ticket[GenerateResult]:
-        """Sample `num_tokens` tokens for each slot, each of them consumed; see CpuStepper.submit_generate."""
+        """Sample tokens for each slot, each of them consumed; see CpuStepper.submit_generate."""
         self._check_rows(slots)
         if self._generation is None:
             raise ModelError(
@@ -103,7 +103,7 @@ class CudaStepper:
         with torch.inference_mode():
             started = self._record_event()
             on_host = self._generation.run(slots, request).to_host()
-            num_padding_rows = num_tokens * (self._network.bucket(len(slots)) - len(slots))
+            num_padding_rows = int(num_tokens.max()) * (self._network.bucket(len(slots)) - len(slots))
             return self._ticket(started, lambda seconds: on_host.result(num_padding_rows, seconds))
 
     def collect(self, ticket: Ticket[ResultT]) -> ResultT:
