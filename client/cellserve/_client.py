@@ -203,7 +203,7 @@ class AsyncClient:
         """
         return await step_many(
             self._hub,
-            [session._attachment for session in sessions],
+            sessions,
             tokens,
             counts,
             (at, next_token, top_k, logprobs, outputs, states, gates),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from grpc import aio
 
     from cellserve._attachment import Attachment
+    from cellserve._many import Group
     from cellserve._session import AsyncSession
 
 __all__ = ["Hub", "close_quietly"]
@@ -58,6 +59,7 @@ class Hub:
         self.default_timeout = Timeout(timeout_seconds)
         self.max_kept_tokens = max_kept_tokens
         self.attachments: WeakSet[Attachment] = WeakSet()
+        self.last_group: Group | None = None  # of sessions stepped together; mostly the next one, too
         self.is_closed = False
         self._tls = tls
         self._metadata = metadata

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,40 +16,67 @@ from cellserve._blocks import Block, ResultBuffer
 from cellserve._conversation import Conversation
 from cellserve._deadline import Timeout
 from cellserve._hub import Hub
+from cellserve._ledger import Ledger
 from cellserve._outputs import OutputSpec, Wishes
 from cellserve._results import StepManyResult
 from cellserve._steps import step_in_turn
 from cellserve._tokens import TokenColumn, VectorColumn
 from cellserve.errors import CellserveError, StepManyFailed
 
-__all__ = ["step_many"]
+if TYPE_CHECKING:
+    from cellserve._model import ServedModel
+    from cellserve._session import AsyncSession
+
+__all__ = ["Group", "step_many"]
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Sessions that are fit to be stepped together."""
+
+    sessions: list[AsyncSession]
+    attachments: list[Attachment]
+    ledgers: list[Ledger]
+    model: ServedModel
+
+    @classmethod
+    def of(cls, hub: Hub, sessions: Sequence[AsyncSession]) -> Group:
+        """The group of these sessions; that of the last call where they are the same. Raises ValueError."""
+        listed, last = list(sessions), hub.last_group
+        if last is not None and last.sessions == listed:
+            return last
+        if not listed:
+            raise ValueError("step_many needs at least one session")
+        attachments = [session._attachment for session in listed]
+        model = attachments[0].model
+        if {attachment.model for attachment in attachments} != {model} or attachments[0].hub is not hub:
+            raise ValueError("the sessions of one step_many are of one model, and of this client")
+        if len(set(attachments)) != len(attachments):
+            raise ValueError("a session stands more than once among the sessions of step_many")
+        hub.last_group = cls(listed, attachments, [attachment.ledger for attachment in attachments], model)
+        return hub.last_group
+
+
 async def step_many(
     hub: Hub,
-    attachments: list[Attachment],
+    sessions: Sequence[AsyncSession],
     tokens: object,
     counts: Sequence[int] | npt.NDArray[np.integer] | None,
     wishes: Wishes,
     timeout: Timeout,
 ) -> StepManyResult:
     """See AsyncClient.step_many."""
-    if not attachments:
-        raise ValueError("step_many needs at least one session")
-    model = attachments[0].model
-    if {attachment.model for attachment in attachments} != {model} or attachments[0].hub is not hub:
-        raise ValueError("the sessions of one step_many are of one model, and of this client")
-    if len(set(attachments)) != len(attachments):
-        raise ValueError("a session stands more than once among the sessions of step_many")
+    group = Group.of(hub, sessions)
+    attachments, model = group.attachments, group.model
     spec = model.output_spec(wishes)
     column = model.read_tokens(tokens)
     if isinstance(column, int):
         column = array("I", (column,))
     count_column = _read_counts(counts, len(attachments), len(column))
     deadline = asyncio.get_running_loop().time() + timeout.seconds
-    many = _Many(attachments, column, count_column, spec, timeout, deadline)
+    many = _Many(group, column, count_column, spec, timeout, deadline)
     # A run longer than a frame or the server takes goes its own way: it is rare, and large enough to bear the
     # cost.
     is_long = count_column > model.max_run_tokens(spec)
@@ -69,7 +97,7 @@ class _Many:
 
     def __init__(
         self,
-        attachments: list[Attachment],
+        group: Group,
         column: TokenColumn | VectorColumn,
         counts: npt.NDArray[np.int64],
         spec: OutputSpec,
@@ -78,8 +106,8 @@ class _Many:
     ) -> None:
         self.buffer = ResultBuffer(counts, spec)
         self.failures: dict[int, CellserveError] = {}
-        self._attachments = attachments
-        self._ledgers = [attachment.ledger for attachment in attachments]
+        self._attachments = group.attachments
+        self._ledgers = group.ledgers
         self._column = column
         self._counts = counts
         self._token_starts = np.concatenate([[0], np.cumsum(counts)])
