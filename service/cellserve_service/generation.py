@@ -249,7 +249,7 @@ def _hold(core: Core, served: ServedModel, rows: IntArray, result: GenerateResul
     table.digest[runs] = np.array([core.generations[row].digest for row in rows.tolist()], np.uint64)
     words = table.hold(runs, 2 * counts)
     places = np.arange(result.tokens.shape[1])
-    is_sampled = places < counts[:, None]  # the others come after a stop token
+    is_sampled = places < counts[:, None]  # the others come after a stop token, or beyond what was left
     starts = (2 * (counts.cumsum() - counts))[:, None] + places
     words[starts[is_sampled]] = result.tokens[is_sampled]
     words[(starts + counts[:, None])[is_sampled]] = result.logprobs[is_sampled].view(np.uint32)

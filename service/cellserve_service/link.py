@@ -73,10 +73,12 @@ class Link(asyncio.Protocol):
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        if self._take is not None:
-            take, self._take = self._take, None
-            take()
-        self._will_flush = False
+        try:
+            if self._take is not None:
+                take, self._take = self._take, None
+                take()
+        finally:
+            self._will_flush = False
         batch, self._outgoing = self._outgoing, []
         if batch and not self._transport.is_closing():
             data = encode(batch)
