@@ -189,6 +189,7 @@ class Hub:
     def forget(self, session: AsyncSession) -> None:
         """The session is not to be closed with the client."""
         self._sessions.discard(session)
+        self.last_group = None  # it may be the last that holds on to the session
 
     async def close(self) -> None:
         """Closes the sessions that are remembered, then the streams, then the channels, in bounded time."""
