@@ -62,7 +62,8 @@ def server(models_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def before(server: ServerProcess) -> Metrics:
-    return Metrics.of(server)
+    """When the streams of the tests before have ended, which they do a moment after their clients have gone."""
+    return Metrics.wait(server, lambda metrics: metrics.value("cellserve_streams") == 0)
 
 
 def samples(server: ServerProcess) -> Iterator[tuple[str, dict[str, str], float]]:
