@@ -122,12 +122,13 @@ class EngineLoop:
         engine, clock = self._engine, self._clock
         begun_at = clock()
         try:
+            self._num_lone_turns = 0 if self._num_come > self._num_taken + 1 else self._num_lone_turns + 1
             if self._take is not None:
                 take, self._take = self._take, None
                 take()
-            self._has_turn = self._gathers = False
-            self._num_lone_turns = 0 if self._num_come > self._num_taken + 1 else self._num_lone_turns + 1
+            # What was posted by that had come before, as it was announced.
             self._num_taken = self._num_come
+            self._has_turn = self._gathers = False
             engine.handle_all(self._inbox, clock())
             tick = engine.begin_tick(clock())
             if tick is not None:

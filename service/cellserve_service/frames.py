@@ -24,6 +24,8 @@ __all__ = ["Frame", "FrameReader"]
 
 # Fewer frames are read quicker one by one.
 _LEAST_ALIKE: Final = 3
+# Larger ones, too: what is done once for each is little beside its columns, and a layout keeps a frame's columns.
+_LARGEST_BYTES: Final = 16_384
 # Layouts remembered, of one length, and lengths.
 _MOST_LAYOUTS: Final = 4
 _MOST_LENGTHS: Final = 64
@@ -70,7 +72,7 @@ class FrameReader:
     def _read_alike(self, length: int, frames: list[Frame]) -> Iterator[SubmitRuns | Frame]:
         """Frames of different streams, all of one length."""
         left = np.arange(len(frames))  # places of those that are not read yet
-        if len(frames) >= _LEAST_ALIKE:
+        if len(frames) >= _LEAST_ALIKE and length <= _LARGEST_BYTES:
             rows = np.frombuffer(b"".join([frame.data for frame in frames]), np.uint8).reshape(len(frames), length)
             streams = np.array([frame.stream for frame in frames], np.int64)
             known = self._known(length)

@@ -291,33 +291,24 @@ class Answers:
     def rows(self, first: int, end: int) -> "Answers":
         """Rows first to end - 1 with their outputs."""
         before = int(self.num_output_rows[:first].sum())
-        of_rows = slice(before, before + int(self.num_output_rows[first:end].sum()))
-        rows = slice(first, end)
+        number = int(self.num_output_rows[first:end].sum())
+        return self._select(slice(first, end), slice(before, before + number))
+
+    def at(self, places: IntArray) -> "Answers":
+        """The rows at some places, in this order, with their outputs."""
+        starts = self.num_output_rows.cumsum() - self.num_output_rows
+        return self._select(places, ragged_indices(starts[places], self.num_output_rows[places]))
+
+    def _select(self, rows: IntArray | slice, output_rows: IntArray | slice) -> "Answers":
         return Answers(
             streams=self.streams[rows],
             requests=self.requests[rows],
             positions=self.positions[rows],
             counts=self.counts[rows],
             remaining=self.remaining[rows],
-            outputs=self.outputs.select(of_rows),
+            outputs=self.outputs.select(output_rows),
             num_output_rows=self.num_output_rows[rows],
             accepted_at=self.accepted_at[rows],
-            model=self.model,
-        )
-
-    def at(self, places: IntArray) -> "Answers":
-        """The rows at some places, in this order, with their outputs."""
-        starts = self.num_output_rows.cumsum() - self.num_output_rows
-        num_output_rows = self.num_output_rows[places]
-        return Answers(
-            streams=self.streams[places],
-            requests=self.requests[places],
-            positions=self.positions[places],
-            counts=self.counts[places],
-            remaining=self.remaining[places],
-            outputs=self.outputs.select(ragged_indices(starts[places], num_output_rows)),
-            num_output_rows=num_output_rows,
-            accepted_at=self.accepted_at[places],
             model=self.model,
         )
 

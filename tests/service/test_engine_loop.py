@@ -1,13 +1,14 @@
 """The engine's turns on the event loop."""
 
 import asyncio
+import itertools
 
 import numpy as np
 
 from cellserve.v1.stream_pb2 import Durability, OpenMode
 from cellserve_service import messages
 from cellserve_service.engine import Engine
-from cellserve_service.engine_loop import EngineLoop
+from cellserve_service.engine_loop import GATHERING_TURNS, LONE_GATHERING_TURNS, LONE_TURNS, EngineLoop
 from cellserve_service.idempotency import RequestMemory
 from cellserve_service.limits import EngineLimits
 from cellserve_service.messages import Event
@@ -25,6 +26,7 @@ class _Owner:
         self.deliveries: asyncio.Queue[int] = asyncio.Queue()
         self.failures: list[BaseException] = []
         self.num_clock_calls = 0
+        self.time_passes = True
         limits = EngineLimits(max_sessions=8, max_slice_tokens=2)
         engine = Engine([self.stepper], limits, Statistics())
         self.loop = EngineLoop(
@@ -69,7 +71,7 @@ class _Owner:
 
     def _clock(self) -> float:
         self.num_clock_calls += 1
-        return float(self.num_clock_calls)
+        return float(self.num_clock_calls) if self.time_passes else 0.0
 
     def _deliver(self, events: list[Event]) -> None:
         assert events
@@ -134,4 +136,37 @@ async def test_an_idle_engine_asks_for_no_turns() -> None:
     num_calls = owner.num_clock_calls
     await _many_turns()
     assert owner.num_clock_calls == num_calls
+    owner.loop.stop()
+
+
+async def _turns_until_taken(owner: _Owner, *requests: int) -> int:
+    """Turns of the event loop from frames, which come in one of them, to their answers."""
+    left = list(requests)
+
+    def take() -> None:
+        while left:
+            owner.step(left.pop(0), 1)
+
+    for _ in requests:
+        owner.loop.announce(take)
+    number = 0
+    while owner.deliveries.empty():
+        number += 1
+        await asyncio.sleep(0)
+    owner.deliveries.get_nowait()
+    return number
+
+
+async def test_who_is_alone_waits_for_others_only_until_it_is_known_that_there_are_none() -> None:
+    owner = _Owner()
+    owner.open()
+    await owner.deliveries.get()
+    owner.time_passes = False  # so that each frame comes at once after a turn
+    numbers = itertools.count(2)
+    waits = [await _turns_until_taken(owner, next(numbers)) for _ in range(2 * LONE_TURNS)]
+    assert min(waits[: LONE_TURNS - 1]) >= GATHERING_TURNS
+    assert max(waits[LONE_TURNS:]) <= LONE_GATHERING_TURNS + 3
+    # Two that come together are a sign of more.
+    await _turns_until_taken(owner, next(numbers), next(numbers))
+    assert await _turns_until_taken(owner, next(numbers)) >= GATHERING_TURNS
     owner.loop.stop()

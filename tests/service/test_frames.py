@@ -168,6 +168,15 @@ def test_frames_that_one_stream_has_sent_ahead_stay_in_their_order() -> None:
     assert [part.requests.tolist() for part in read if isinstance(part, SubmitRuns)] == [[n] * 3 for n in range(1, 6)]
 
 
+def test_large_frames_are_read_one_by_one() -> None:
+    reader = FrameReader(max_open_sessions=10)
+    for num_tokens, is_large in ((1_000, False), (10_000, True)):
+        run = RunCommand(requests=[1], handles=[1], counts=[num_tokens], tokens=[5] * num_tokens)
+        data = StreamRequest(commands=[Command(run=run)]).SerializeToString()
+        parts = list(reader.read([Frame(stream, data) for stream in range(1, 6)]))
+        assert [isinstance(part, Frame) for part in parts] == ([True] * 5 if is_large else [False])
+
+
 def test_layouts_are_learned_anew_when_clients_ask_for_something_else() -> None:
     reader = FrameReader(max_open_sessions=10)
     for top_k in range(1, 40):
