@@ -73,7 +73,9 @@ class Admission:
             yield arrivals
             return
         streams, commands = arrivals.streams, arrivals.commands
-        begins = np.append(True, (streams[1:] != streams[:-1]) | (commands[1:] != commands[:-1]))
+        begins = np.append(True, streams[1:] != streams[:-1])
+        if commands is not None:
+            begins[1:] |= commands[1:] != commands[:-1]
         of_first = models[begins][begins.cumsum() - 1]
         for model in np.unique(of_first):
             yield arrivals.at(np.flatnonzero(of_first == model))
@@ -151,7 +153,8 @@ class Admission:
     def _admit(self, served: ServedModel, spec: int, arrivals: Arrivals) -> None:
         """Check the positions of runs of different sessions, answer repeats, and accept what there is room for."""
         core, sessions = self._core, self._core.sessions
-        arrivals = refuse(core, arrivals, sessions.is_generating[arrivals.rows], _BUSY)
+        if core.generations:
+            arrivals = refuse(core, arrivals, sessions.is_generating[arrivals.rows], _BUSY)
         if arrivals.positions is None:
             arrivals = refuse(core, arrivals, sessions.next_run[arrivals.rows] != NO_RUN, _UNANSWERED)
         else:

@@ -21,16 +21,17 @@ from cellserve_service.served import ServedModel
 from cellserve_service.sessions import Durability
 from cellserve_service.stepping import IntArray, StepResult, Want
 
-# Bits of Want as plain numbers, the arrays that they bring, and their names in a stepper's result.
+# Of each array the bit of Want that brings it, as a plain number, and its name in a stepper's result.
 _TOP_K = int(Want.TOP_K)
-_ARRAYS_BY_WANT: tuple[tuple[int, tuple[tuple[str, str], ...]], ...] = (
-    (int(Want.NEXT_TOKEN), (("next_tokens", "next_tokens"),)),
-    (_TOP_K, (("top_tokens", "top_tokens"), ("top_logprobs", "top_logprobs"))),
-    (int(Want.LOGPROB), (("logprobs", "logprobs"),)),
-    (int(Want.HEAD_OUTPUT), (("head_outputs", "logits"),)),
-    (int(Want.STATE), (("states", "states"),)),
-    (int(Want.GATES), (("gates", "gates"),)),
-)
+_WANT_AND_NAME: dict[str, tuple[int, str]] = {
+    "next_tokens": (int(Want.NEXT_TOKEN), "next_tokens"),
+    "top_tokens": (_TOP_K, "top_tokens"),
+    "top_logprobs": (_TOP_K, "top_logprobs"),
+    "logprobs": (int(Want.LOGPROB), "logprobs"),
+    "head_outputs": (int(Want.HEAD_OUTPUT), "logits"),
+    "states": (int(Want.STATE), "states"),
+    "gates": (int(Want.GATES), "gates"),
+}
 
 
 def answer_tick(core: Core, tick: RunTick, result: StepResult) -> None:
@@ -39,14 +40,14 @@ def answer_tick(core: Core, tick: RunTick, result: StepResult) -> None:
     requests = table.requests
     streams = requests.stream[tick.asked]
     apart = None if core.keeping is None else _kept_apart(core, tick)
-    for places in _groups(tick.spec, specs.is_every[tick.spec] | (tick.remaining == 0), apart):
+    for places in _groups(tick, apart):
         rows = slice(None) if places is None else places
         first = 0 if places is None else int(places[0])
         runs, spec = tick.runs[rows], int(tick.spec[first])
         asked = tick.asked[rows]
         counts = tick.counts[rows] if specs.is_every[spec] else table.count[runs]
         if specs.has_outputs[spec]:
-            num_rows = counts if specs.is_every[spec] else np.ones_like(runs)
+            num_rows = counts if specs.is_every[spec] else np.ones(len(runs), np.int64)
             outputs = _outputs_of(tick, result, spec, places)
             _hold(core, served, spec, runs, tick.done[rows] - counts, num_rows, outputs)
         else:
@@ -89,17 +90,18 @@ def _kept_apart(core: Core, tick: RunTick) -> IntArray | None:
     return np.where(waits, np.where(goes_on, np.arange(2, 2 + len(waits)), 1), 0)
 
 
-def _groups(spec: IntArray, tells: NDArray[np.bool_], apart: IntArray | None) -> Iterator[IntArray | None]:
+def _groups(tick: RunTick, apart: IntArray | None) -> Iterator[IntArray | None]:
     """Places of equal spec among those that have something to tell, in their order; None for all of the tick.
 
     apart: places of different numbers go into different groups.
     """
-    if apart is None and np.count_nonzero(tells & (spec == spec[0])) == len(spec):
-        yield None
-        return
+    spec, is_every = tick.spec, tick.served.specs.is_every
     if apart is None:
+        if tick.is_alike and (tick.ends or is_every[spec[0]]):
+            yield None
+            return
         apart = np.zeros_like(spec)
-    places = np.flatnonzero(tells)
+    places = np.flatnonzero(is_every[spec] | (tick.remaining == 0))
     order = places[np.lexsort((apart[places], spec[places]))]
     changes = (spec[order[1:]] != spec[order[:-1]]) | (apart[order[1:]] != apart[order[:-1]])
     for group in np.split(order, np.flatnonzero(changes) + 1):
@@ -110,22 +112,20 @@ def _groups(spec: IntArray, tells: NDArray[np.bool_], apart: IntArray | None) ->
 def _outputs_of(tick: RunTick, result: StepResult, spec: int, places: IntArray | None) -> OutputArrays:
     """The outputs of some rows of the tick, which all asked for the same; places None: of all rows."""
     specs = tick.served.specs
-    bits, top_k = int(specs.wants_last[spec]), int(specs.top_k[spec])
+    top_k = int(specs.top_k[spec])
     of_places: NDArray[np.bool_] | None = None  # (N,) tokens
     if places is not None:
         is_meant = np.zeros(len(tick.rows), np.bool_)
         is_meant[places] = True
         of_places = np.repeat(is_meant, tick.counts)
     arrays: dict[str, Any] = {}
-    for want, names in _ARRAYS_BY_WANT:
-        if not bits & want:
-            continue
-        # The result has one row for each token that wanted this.
-        asked = None if of_places is None else of_places[(tick.wants & want) != 0]
-        for name, of_result in names:
-            array = getattr(result, of_result)
-            array = array if asked is None else array[asked]
-            arrays[name] = array[:, :top_k] if want == _TOP_K else array
+    for name, *_ in specs.layouts[spec].arrays:
+        want, of_result = _WANT_AND_NAME[name]
+        array = getattr(result, of_result)
+        if of_places is not None:
+            # The result has one row for each token that wanted this.
+            array = array[of_places[(tick.wants & want) != 0]]
+        arrays[name] = array[:, :top_k] if want == _TOP_K else array
     return OutputArrays(**arrays)
 
 
@@ -141,7 +141,12 @@ def _hold(
     """Copy outputs to the pool of held answers, for runs whose whole answer is not too large."""
     table, layout, most = served.runs, served.specs.layouts[spec], core.limits.max_held_answer_bytes // 4
     row_words = layout.row_words
-    in_all = table.count[runs] if served.specs.is_every[spec] else num_rows
+    if not served.specs.is_every[spec]:
+        # A row each, and that is the answer.
+        if row_words <= most:
+            layout.pack(outputs, table.hold(runs, row_words).reshape(-1, row_words))
+        return
+    in_all = table.count[runs]
     words = in_all * row_words
     begins = (first == 0) & (words <= most)
     if np.count_nonzero(begins & (in_all == num_rows)) == len(runs):

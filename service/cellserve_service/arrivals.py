@@ -21,7 +21,7 @@ from cellserve_service.stepping import FloatArray, IntArray, TokenArray
 class Arrivals:
     """The rows that are not refused so far."""
 
-    commands: IntArray  # (n,) number of the command that each came with
+    commands: IntArray | None  # (n,) number of the command that each came with; None: one brought all
     streams: IntArray  # (n,)
     rows: IntArray  # (n,) of the session table
     requests: U64Array  # (n,)
@@ -37,9 +37,22 @@ class Arrivals:
     @classmethod
     def of(cls, commands: Sequence[SubmitRuns], streams: IntArray, rows: IntArray) -> "Arrivals":
         """All rows of commands. rows: (n,) of the session table, of anything where the session is not known."""
-        sizes = [len(command.requests) for command in commands]
+        if len(commands) == 1:
+            one = commands[0]
+            tokens: Any = one.vectors if one.tokens is None else one.tokens
+            return cls(
+                None,
+                streams,
+                rows,
+                one.requests,
+                one.counts,
+                tokens,
+                one.positions,
+                one.timeouts_seconds,
+                one.acknowledged,
+            )
         return cls(
-            np.zeros(sizes[0], np.int64) if len(sizes) == 1 else np.repeat(np.arange(len(sizes)), sizes),
+            np.repeat(np.arange(len(commands)), [len(command.requests) for command in commands]),
             streams,
             rows,
             joined([command.requests for command in commands]),
@@ -60,7 +73,7 @@ class Arrivals:
             tokens = tokens[ragged_indices(starts[places], self.counts[places])]
         return replace(
             self,
-            commands=self.commands[places],
+            commands=_at(self.commands, places),
             streams=self.streams[places],
             rows=self.rows[places],
             requests=self.requests[places],

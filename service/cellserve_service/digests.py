@@ -1,4 +1,7 @@
-"""A 64-bit digest of a run's tokens, so that a repeat can be told from another run at the same position."""
+"""A 64-bit digest of a run's tokens, so that a repeat can be told from another run at the same position.
+
+Runs are compared with runs of as many tokens. That of a single word is the word itself: most runs are one token.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +20,6 @@ def _mix(values: U64Array) -> U64Array:
     return values ^ (values >> U64(31))
 
 
-_FIRST_PLACE = _mix(np.array([_GOLDEN]))
-
-
 def digest_runs(tokens: TokenArray | FloatArray, counts: IntArray) -> U64Array:
     """One digest for each run. tokens: (N,) ids or (N, I) vectors, run after run; counts: (n,) at least 1."""
     words = np.ascontiguousarray(tokens).view(np.uint32).reshape(len(tokens), -1)  # (N, I)
@@ -28,12 +28,15 @@ def digest_runs(tokens: TokenArray | FloatArray, counts: IntArray) -> U64Array:
     # The order enters by the place: every word is mixed with a number that only its place in the run has.
     places: U64Array = np.add(before.astype(U64)[:, None], np.arange(1, words.shape[1] + 1, dtype=U64), dtype=U64)
     digests: U64Array = np.add.reduceat(_mix(words + _mix(places * _GOLDEN)).sum(axis=1, dtype=U64), starts)
+    if words.shape[1] == 1:
+        single = counts == 1
+        digests[single] = words[starts[single], 0]
     return digests
 
 
 def digest_tokens(tokens: TokenArray) -> U64Array:
     """What digest_runs gives for runs of one token each."""
-    return _mix(tokens + _FIRST_PLACE)
+    return tokens.astype(U64)
 
 
 def digest_settings(*settings: float | tuple[int, ...]) -> int:

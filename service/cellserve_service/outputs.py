@@ -3,6 +3,7 @@
 R is the number of output rows, k the run's top_k, O the output size, L layers, S the state size, G gates, H hidden.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -154,10 +155,12 @@ class OutputArrays:
 
 @dataclass(frozen=True, slots=True)
 class OutputLayout:
-    """How one output row of a spec lies in memory: the shape of each array's row, and 4-byte words in all."""
+    """How one output row of a spec lies in memory: 4-byte words in all, and of each array its name, the words that
+    are before it, its own, and the shape of its row.
+    """
 
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
     row_words: int
+    arrays: tuple[tuple[str, int, int, tuple[int, ...]], ...]
 
     @classmethod
     def of(cls, spec: OutputSpec, model: ModelInfo) -> "OutputLayout":
@@ -175,26 +178,22 @@ class OutputLayout:
                 shapes.append(("states", (model.num_layers, model.state_size)))
             if spec.gates:
                 shapes.append(("gates", (len(model.gate_names), model.num_layers, model.hidden_size)))
-        return cls(tuple(shapes), sum(int(np.prod(shape, dtype=np.int64)) for _, shape in shapes))
+        widths = [int(np.prod(shape, dtype=np.int64)) for _, shape in shapes]
+        starts = itertools.accumulate(widths, initial=0)
+        columns = zip(shapes, starts, widths, strict=False)  # there is one start more, behind all
+        return cls(sum(widths), tuple((name, start, width, shape) for (name, shape), start, width in columns))
 
     def pack(self, outputs: OutputArrays, words: WordArray) -> None:
         """Write the rows as words. words: (R, row_words)."""
-        start = 0
-        for name, shape in self.shapes:
-            width = int(np.prod(shape, dtype=np.int64))
-            array = getattr(outputs, name)
-            words[:, start : start + width] = array.reshape(len(words), width).view(np.uint32)
-            start += width
+        for name, start, width, _ in self.arrays:
+            words[:, start : start + width] = getattr(outputs, name).reshape(len(words), width).view(np.uint32)
 
     def unpack(self, words: WordArray) -> OutputArrays:
         """The arrays of rows packed before, as copies. words: (R, row_words)."""
         arrays: dict[str, Any] = {}
-        start = 0
-        for name, shape in self.shapes:
-            width = int(np.prod(shape, dtype=np.int64))
+        for name, start, width, shape in self.arrays:
             column: NDArray[Any] = words[:, start : start + width].copy()
             if name not in ("next_tokens", "top_tokens"):
                 column = column.view(np.float32)
             arrays[name] = column.reshape(len(words), *shape)
-            start += width
         return OutputArrays(**arrays)

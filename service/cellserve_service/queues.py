@@ -36,7 +36,7 @@ class RowQueue:
     def pop(self, most: int) -> IntArray:
         """The oldest rows, at most so many; fewer, and perhaps none, where rows had been taken out."""
         number = min(most, self._length)
-        rows = self._ring[self._places(number)].astype(np.int64)
+        rows = self._ring[self._places(self._head, number)].astype(np.int64)
         self._head = (self._head + number) % len(self._ring)
         self._length -= number
         if self._num_holes:
@@ -51,18 +51,19 @@ class RowQueue:
         self._num_holes += 1
 
     def _put(self, first: int, rows: IntArray) -> None:
-        places = (first + np.arange(len(rows))) % len(self._ring)
+        places = self._places(first, len(rows))
         self._ring[places] = rows.astype(np.int32)
         self._place[rows] = places.astype(np.int32)
         self._length += len(rows)
 
-    def _places(self, number: int) -> IntArray:
-        return (self._head + np.arange(number)) % len(self._ring)
+    def _places(self, first: int, number: int) -> IntArray:
+        places = np.arange(first, first + number)
+        return places if first + number <= len(self._ring) else places % len(self._ring)
 
     def _make_room(self, number: int) -> None:
         if self._length + number <= len(self._ring):
             return
-        rows = self._ring[self._places(self._length)]
+        rows = self._ring[self._places(self._head, self._length)]
         self._length = self._num_holes = 0
         self._put(self._head, rows[rows != _HOLE])
         assert self._length + number <= len(self._ring)

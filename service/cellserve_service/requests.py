@@ -52,12 +52,13 @@ class Requests(Table):
         number = len(tokens)
         offset = self.token_pool.allocate(number)
         self.token_pool.rows[offset : offset + number] = tokens.reshape(number, -1)
-        self.tokens[asked] = offset + counts.cumsum() - counts
+        starts = np.arange(number) if number == len(asked) else counts.cumsum() - counts
+        self.tokens[asked] = offset + starts
         self.num_tokens[asked] = counts
 
     def discard(self, asked: IntArray) -> None:
         """The requests are answered."""
-        self.token_pool.release(int(self.num_tokens[asked].sum()))
+        self.token_pool.release(int(np.add.reduce(self.num_tokens[asked])))
         self.num_tokens[asked] = 0
         self.stream[asked] = _NOBODY
         self._give_back(asked)

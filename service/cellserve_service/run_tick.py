@@ -13,7 +13,7 @@ from cellserve_service.served import ServedModel
 from cellserve_service.stepping import IntArray
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that takes twice as long to make
 class RunTick:
     """A batch of runs on its way through the stepper."""
 
@@ -22,6 +22,8 @@ class RunTick:
     runs: IntArray  # (B,)
     asked: IntArray  # (B,) their requests
     spec: IntArray  # (B,) index into the model's output specs
+    is_alike: bool  # all ask for the same outputs
+    ends: bool  # all runs end with this tick
     counts: IntArray  # (B,) tokens that each advances
     done: IntArray  # (B,) tokens that each has done afterwards
     remaining: IntArray  # (B,) tokens that are left to each afterwards

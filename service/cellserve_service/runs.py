@@ -242,16 +242,22 @@ class RunTable(Table):
         if following == NO_RUN:
             self._sessions.last_run[row] = run
 
-    def hold(self, runs: IntArray, words: IntArray) -> NDArray[np.uint32]:
+    def hold(self, runs: IntArray, words: IntArray | int) -> NDArray[np.uint32]:
         """Make room for the answers of runs, one after the other; returns the words of all of them.
 
-        words: (n,) of each run's whole answer, at least 1.
+        words: (n,) of each run's whole answer, at least 1; or of every one's.
         """
-        ends = words.cumsum()
-        num_words = int(ends[-1])
-        offset = self.held_pool.allocate(num_words)
-        self.held[runs] = offset + ends - words
-        self.held_words[runs] = words.astype(np.int32)
+        if isinstance(words, int):
+            num_words = words * len(runs)
+            offset = self.held_pool.allocate(num_words)
+            self.held[runs] = np.arange(offset, offset + num_words, words)
+            self.held_words[runs] = words
+        else:
+            ends = words.cumsum()
+            num_words = int(ends[-1])
+            offset = self.held_pool.allocate(num_words)
+            self.held[runs] = offset + ends - words
+            self.held_words[runs] = words.astype(np.int32)
         return self.held_pool.rows[offset : offset + num_words, 0]
 
     def held_answer(self, run: int) -> NDArray[np.uint32]:
@@ -279,7 +285,7 @@ class RunTable(Table):
         self._discard(runs)
 
     def _discard(self, runs: IntArray) -> None:
-        self.held_pool.release(int(self.held_words[runs].sum()))
+        self.held_pool.release(int(np.add.reduce(self.held_words[runs])))
         self.held_words[runs] = 0
         self.status[runs] = Status.FREE
         self._give_back(runs)

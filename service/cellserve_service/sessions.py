@@ -15,6 +15,8 @@ from cellserve_service.stepping import FloatArray, IntArray
 from cellserve_service.stores.rows import LastRequest
 from cellserve_service.tables import Int32Array, Table, zeros
 
+_ROW_SHIFT = np.uint64(32)
+
 NO_STREAM = 0
 NO_RUN = -1
 NO_ROW = -1
@@ -94,7 +96,8 @@ class SessionTable(Table):
 
     def __init__(self, capacity: int, *, max_ended: int = 1 << 20) -> None:
         super().__init__(capacity)
-        self.handle[:] = np.arange(capacity, dtype=np.uint64) << np.uint64(32) | np.uint64(secrets.randbits(32))
+        self.handle[:] = np.arange(capacity, dtype=np.uint64) << _ROW_SHIFT | np.uint64(secrets.randbits(32))
+        self._last_row = np.uint64(capacity - 1)
         for runs in (self.next_run, self.first_run, self.last_held, self.last_run):
             runs[:] = NO_RUN
         # What is looked through as a whole, or has no part in a step.
@@ -257,7 +260,7 @@ class SessionTable(Table):
 
         The row of an invalid one means nothing.
         """
-        rows = np.minimum(handles >> np.uint64(32), np.uint64(self.capacity - 1)).astype(np.int64)
+        rows = np.minimum(handles >> _ROW_SHIFT, self._last_row).view(np.int64)
         return rows, (self.handle[rows] == handles) & (self.owner[rows] == stream)
 
     def refuse_handle(self, stream: int, handle: int) -> Refusal:

@@ -31,9 +31,12 @@ def begin_run_tick(core: Core, served: ServedModel) -> RunTick | None:
     done = requests.done[asked]
     remaining = requests.num_tokens[asked] - done
     first = requests.tokens[asked] + done
-    if np.count_nonzero(remaining == 1):
+    is_alike = np.count_nonzero(spec == spec[0]) == len(spec)
+    num_singles = np.count_nonzero(remaining == 1)
+    if num_singles:
         served.pace.note_singles(core.now)
-    if remaining.max() == 1:
+    ends = num_singles == len(rows)
+    if ends:
         counts = remaining
         tokens = requests.token_pool.rows[first]
         wants = specs.wants_last[spec]
@@ -41,15 +44,31 @@ def begin_run_tick(core: Core, served: ServedModel) -> RunTick | None:
         counts = np.minimum(remaining, _slice_lengths(core, served, spec, remaining))
         tokens = requests.token_pool.rows[ragged_indices(first, counts)]
         wants = np.repeat(specs.wants_every[spec], counts)
-        ends = counts == remaining
-        wants[(counts.cumsum() - 1)[ends]] = specs.wants_last[spec[ends]]
+        is_last = counts == remaining
+        wants[(counts.cumsum() - 1)[is_last]] = specs.wants_last[spec[is_last]]
+        ends = np.count_nonzero(is_last) == len(rows)
     if served.takes_tokens:
         tokens = tokens[:, 0]
     slots = sessions.slot[rows].astype(np.int64)
-    ticket = served.stepper.submit(slots, counts, tokens, wants, int(specs.top_k[spec].max()))
+    top_k = int(specs.top_k[spec[0]] if is_alike else specs.top_k[spec].max())
+    ticket = served.stepper.submit(slots, counts, tokens, wants, top_k)
     _count_begun(core, served, runs, asked)
     table.status[runs] = Status.STARTED
-    return RunTick(served, rows, runs, asked, spec, counts, done + counts, remaining - counts, wants, ticket, core.now)
+    return RunTick(
+        served=served,
+        rows=rows,
+        runs=runs,
+        asked=asked,
+        spec=spec,
+        is_alike=is_alike,
+        ends=ends,
+        counts=counts,
+        done=done + counts,
+        remaining=remaining - counts,
+        wants=wants,
+        ticket=ticket,
+        begun_at=core.now,
+    )
 
 
 def _count_begun(core: Core, served: ServedModel, runs: IntArray, asked: IntArray) -> None:
@@ -87,12 +106,10 @@ def finish_run_tick(core: Core, tick: RunTick, result: StepResult) -> None:
     core.num_pending_tokens -= num_tokens
     answer_tick(core, tick, result)
     ended = rows
-    if np.count_nonzero(tick.remaining):
+    if not tick.ends:
         finished = tick.remaining == 0
-        ended = rows[finished]
-        _finish_runs(core, served, ended, runs[finished])
-    else:
-        _finish_runs(core, served, rows, runs)
+        ended, runs = rows[finished], runs[finished]
+    _finish_runs(core, served, ended, runs)
     if core.keeping is not None:
         core.keeping.advanced(served, rows, ended)
     core.go_on(served, rows)

@@ -39,10 +39,10 @@ def check_models(core: Core, arrivals: Arrivals) -> Arrivals:
 
 def check_input(core: Core, served: ServedModel, arrivals: Arrivals) -> Arrivals:
     """Refuse rows that the model cannot take; returns the others."""
-    longest = core.limits.max_run_tokens
-    arrivals = refuse(core, arrivals, arrivals.counts < 1, _EMPTY)
-    too_long = arrivals.counts > longest
-    if np.count_nonzero(too_long):
+    if np.count_nonzero(arrivals.counts != 1):
+        arrivals = refuse(core, arrivals, arrivals.counts < 1, _EMPTY)
+        longest = core.limits.max_run_tokens
+        too_long = arrivals.counts > longest
         message = "the run has {} tokens, over max_run_tokens {}"
         refusals = [invalid(message.format(count, longest), "counts") for count in arrivals.counts[too_long].tolist()]
         arrivals = refuse(core, arrivals, too_long, refusals)

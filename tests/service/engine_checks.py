@@ -147,7 +147,7 @@ def _check_model(core: Core, served: ServedModel, chained: set[int]) -> None:
     assert served.num_in_ticks == np.count_nonzero(stage == Stage.IN_TICK)
     queued: list[int] = []
     for kind, queue in enumerate(served.ready):
-        places = queue._places(queue._length)
+        places = queue._places(queue._head, queue._length)
         rows = [row for row in queue._ring[places].tolist() if row >= 0]
         assert len(rows) == len(queue)
         assert all(runs.kind[sessions.next_run[row]] == kind for row in rows)
