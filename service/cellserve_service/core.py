@@ -16,7 +16,7 @@ from cellserve.v1.errors_pb2 import ErrorReason
 from cellserve_service.errors import Refusal
 from cellserve_service.limits import EngineLimits
 from cellserve_service.messages import Answers, Event, Failures, Generated, SessionEnded, SubmitGenerate
-from cellserve_service.runs import Kind, Status
+from cellserve_service.runs import Batch, Kind, Status
 from cellserve_service.served import ServedModel
 from cellserve_service.sessions import NO_RUN, NO_STREAM, SessionTable, Stage
 from cellserve_service.statistics import Statistics
@@ -131,18 +131,22 @@ class Core:
                 self._do_operations(served, row)
             rows = rows[sessions.next_run[rows] != NO_RUN]
             kinds = served.runs.kind[sessions.next_run[rows]]
-            self._queue(served, Kind.GENERATE, rows[kinds == Kind.GENERATE])
+            self._queue(served, Batch.GENERATES, rows[kinds == Kind.GENERATE])
             rows = rows[kinds == Kind.RUN]
-        self._queue(served, Kind.RUN, rows)
+        is_long = served.runs.requests.num_left(served.runs.asked[sessions.next_run[rows]]) > 1
+        if np.count_nonzero(is_long):
+            self._queue(served, Batch.PARTS, rows[is_long])
+            rows = rows[~is_long]
+        self._queue(served, Batch.SINGLES, rows)
 
     def go_on_with(self, row: int) -> None:
         """The same for one session."""
         if self.sessions.next_run[row] != NO_RUN and self.sessions.stage[row] == Stage.IDLE:
             self.go_on(self.model_of(row), np.array([row], np.int64))
 
-    def _queue(self, served: ServedModel, kind: int, rows: IntArray) -> None:
+    def _queue(self, served: ServedModel, batch: int, rows: IntArray) -> None:
         self.sessions.stage[rows] = Stage.READY
-        served.ready[kind].push(rows)
+        served.ready[batch].push(rows)
 
     def _do_operations(self, served: ServedModel, row: int) -> None:
         """Do operations until a session's next run is one for a tick. Operations do not go on with the session."""
@@ -258,7 +262,7 @@ class Core:
         first = int(sessions.next_run[row])
         if first in removed:
             if sessions.stage[row] == Stage.READY:
-                served.ready[runs.kind[first]].remove(row)
+                served.ready[runs.batch_of(first)].remove(row)
             if sessions.stage[row] != Stage.LOADING:
                 sessions.stage[row] = Stage.IDLE
         runs.remove(row, removed)

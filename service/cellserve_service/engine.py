@@ -27,7 +27,7 @@ from cellserve_service.opening import Opening
 from cellserve_service.recalling import Recalling
 from cellserve_service.room import Room
 from cellserve_service.run_tick import RunTick
-from cellserve_service.runs import Kind
+from cellserve_service.runs import Batch
 from cellserve_service.served import ServedModel
 from cellserve_service.sessions import SessionTable
 from cellserve_service.state_operations import StateOperations
@@ -70,7 +70,8 @@ class Engine:
         self._recalling = None
         if self.keeping is not None:
             self._recalling = Recalling(self.core, self.keeping, self._closing, self._forking, room, self._handle)
-        self._turns = [(kind, model) for model in served for kind in (Kind.RUN, Kind.GENERATE)]
+        batches = (Batch.SINGLES, Batch.PARTS, Batch.GENERATES)
+        self._turns = [(batch, model) for model in served for batch in batches]
         self._turn = 0
         self._drained = False
 
@@ -170,18 +171,36 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a tick would find something to run."""
-        return any(len(served.ready[kind]) for kind, served in self._turns)
+        return any(len(served.ready[batch]) for batch, served in self._turns)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it is settled that the next tick is of longer work, so that it need not wait for single tokens."""
+        for offset in range(len(self._turns)):
+            batch, served = self._turns[(self._turn + offset) % len(self._turns)]
+            if batch == Batch.SINGLES:
+                return False
+            if len(served.ready[batch]):
+                return True
+        return False
 
     def begin_tick(self, now: float) -> Tick | None:
-        """Submit the next batch to its stepper; None when nothing is ready. Models and kinds take turns."""
+        """Submit the next batch to its stepper; None when nothing is ready. Models and batches take turns.
+
+        So single tokens, which somebody waits for, wait for one part of the longer runs at most, and have a tick to
+        themselves, which is short.
+        """
         self.core.now = now
-        # Twice round: what one turn withdraws for being late can be what another kind of run has waited for.
+        # Twice round: what one turn withdraws for being late can be what another batch has waited for.
         for offset in range(2 * len(self._turns)):
-            kind, served = self._turns[(self._turn + offset) % len(self._turns)]
-            if not len(served.ready[kind]):
+            batch, served = self._turns[(self._turn + offset) % len(self._turns)]
+            if not len(served.ready[batch]):
                 continue
-            begin = begin_run_tick if kind == Kind.RUN else begin_generate_tick
-            tick = begin(self.core, served)
+            tick: Tick | None
+            if batch == Batch.GENERATES:
+                tick = begin_generate_tick(self.core, served)
+            else:
+                tick = begin_run_tick(self.core, served, batch)
             if tick is not None:
                 self._turn = (self._turn + offset + 1) % len(self._turns)
                 return tick

@@ -23,8 +23,9 @@ SWEEP_SECONDS = 1.0
 # a turn of the engine waits until so many turns of the loop have brought nothing, but not for longer than the last one
 # took, or GATHERING_SECONDS. (Turns, not seconds: in a turn that writes answers, nothing can come.) More may be on its
 # way behind a call, at once after a turn, and, where there is work left, behind a turn so long that much has come
-# meanwhile. Somebody who is alone would wait for nothing: after LONE_TURNS of the engine that had one message each,
-# fewer turns of the loop are enough, until they bring another.
+# meanwhile; but the next tick waits for nothing where it will be of longer work in any case. Somebody who is alone
+# would wait in vain: after LONE_TURNS of the engine that had one message each, fewer turns of the loop are enough,
+# until they bring another.
 GATHERING_TURNS = 32
 LONE_GATHERING_TURNS = 4
 LONE_TURNS = 8
@@ -149,7 +150,10 @@ class EngineLoop:
         if events:
             self._deliver(events)
         if self._inbox or engine.has_work or self._is_checkpointing or self._is_sweeping:
-            self._gathers = self._gathers or self._turn_seconds > LONG_TURN_SECONDS
+            if engine.goes_on:
+                self._gathers = False
+            elif self._turn_seconds > LONG_TURN_SECONDS:
+                self._gathers = True
             self._ask_for_turn()
 
     def _checkpoint(self) -> None:

@@ -14,7 +14,7 @@ from cellserve_service.digests import digest_settings
 from cellserve_service.errors import Refusal, invalid
 from cellserve_service.messages import Generated, SubmitGenerate
 from cellserve_service.replay import since_last_reset
-from cellserve_service.runs import Kind, Status
+from cellserve_service.runs import Batch, Kind, Status
 from cellserve_service.scheduling import choose_sessions, leave_tick
 from cellserve_service.served import ServedModel
 from cellserve_service.sessions import Durability
@@ -174,7 +174,7 @@ def _held_tokens(
 def begin_generate_tick(core: Core, served: ServedModel) -> GenerateTick | None:
     """Choose a batch of generates and submit it; None when no session is ready for one."""
     sessions, runs = core.sessions, served.runs
-    rows = choose_sessions(core, served, Kind.GENERATE)
+    rows = choose_sessions(core, served, Batch.GENERATES)
     if not len(rows):
         return None
     runs.status[sessions.next_run[rows]] = Status.STARTED
@@ -209,7 +209,7 @@ def finish_generate_tick(core: Core, tick: GenerateTick, result: GenerateResult)
     statistics = core.statistics.models[served.index]
     num_sampled = int(result.counts.sum())
     statistics.steps_generated += num_sampled
-    served.pace.generated(num_sampled, result.compute_seconds)
+    served.pace.took(Batch.GENERATES, num_sampled, result.compute_seconds)
     statistics.count_tick(result, core.now - tick.begun_at)
     _hold(core, served, tick.rows, result)
     _count_pauses(core, served, tick.rows, result.counts)

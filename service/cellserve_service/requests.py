@@ -56,6 +56,11 @@ class Requests(Table):
         self.tokens[asked] = offset + starts
         self.num_tokens[asked] = counts
 
+    def num_left(self, asked: IntArray) -> IntArray:
+        """How many tokens of requests have not run."""
+        left: IntArray = self.num_tokens[asked] - self.done[asked]
+        return left
+
     def discard(self, asked: IntArray) -> None:
         """The requests are answered."""
         self.token_pool.release(int(np.add.reduce(self.num_tokens[asked])))

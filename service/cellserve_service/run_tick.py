@@ -18,6 +18,7 @@ class RunTick:
     """A batch of runs on its way through the stepper."""
 
     served: ServedModel
+    batch: int  # SINGLES or PARTS
     rows: IntArray  # (B,) session rows
     runs: IntArray  # (B,)
     asked: IntArray  # (B,) their requests

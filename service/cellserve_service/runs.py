@@ -26,6 +26,14 @@ class Kind:
     OPERATION: Final = 2
 
 
+class Batch:
+    """What the sessions of one tick have in common."""
+
+    SINGLES: Final = 0  # their runs have one token left
+    PARTS: Final = 1  # theirs have more, of which the tick takes a part
+    GENERATES: Final = 2
+
+
 class Status:
     """How far a run is."""
 
@@ -109,6 +117,12 @@ class RunTable(Table):
         requests.accepted_at[asked] = accepted_at
         requests.deadline[asked] = deadline
         return asked
+
+    def batch_of(self, run: int) -> int:
+        """The batch that an unfinished run waits for; it is no operation."""
+        if self.kind[run] == Kind.GENERATE:
+            return Batch.GENERATES
+        return Batch.SINGLES if self.requests.num_left(self.asked[run]) == 1 else Batch.PARTS
 
     def request_of(self, run: int) -> tuple[int, int]:
         """Stream and number of the request for an unfinished run."""

@@ -5,7 +5,7 @@ import numpy as np
 from cellserve.v1.errors_pb2 import ErrorReason
 from cellserve_service.core import Core
 from cellserve_service.errors import Refusal
-from cellserve_service.runs import Kind, Status
+from cellserve_service.runs import Batch, Status
 from cellserve_service.served import ServedModel
 from cellserve_service.sessions import Durability, Stage
 from cellserve_service.stepping import IntArray
@@ -16,25 +16,24 @@ MAX_TICK_OUTPUT_BYTES = 64 << 20
 _LATE = Refusal(ErrorReason.ERROR_REASON_RUN_TIMED_OUT, "the run's timeout passed before it began")
 
 
-def choose_sessions(core: Core, served: ServedModel, kind: int) -> IntArray:
+def choose_sessions(core: Core, served: ServedModel, batch: int) -> IntArray:
     """The sessions that have waited longest, resident on the device and marked as being in a tick."""
-    sessions, queue = core.sessions, served.ready[kind]
+    sessions, queue = core.sessions, served.ready[batch]
     chosen: list[IntArray] = []
-    room = served.num_room(kind)
+    room = served.num_room(batch)
     while room > 0 and len(queue):
         rows = queue.pop(room)
         sessions.stage[rows] = Stage.IDLE
-        rows = _without_late(core, served, _without_resting(core, served, rows, kind))
+        rows = _without_late(core, served, _without_resting(core, served, rows, batch))
         sessions.stage[rows] = Stage.IN_TICK
         room -= len(rows)
         chosen.append(rows)
-    if kind == Kind.RUN:
-        served.pace.num_left = len(queue)
+    served.pace.num_left[batch] = len(queue)
     if not chosen:
         return np.empty(0, np.int64)
     rows = chosen[0] if len(chosen) == 1 else np.concatenate(chosen)
-    if kind == Kind.RUN and len(rows):
-        rows = _within_output_bytes(core, served, rows)
+    if batch != Batch.GENERATES and len(rows):
+        rows = _within_output_bytes(core, served, rows, batch)
     served.slots.make_resident(rows)
     served.num_in_ticks += len(rows)
     return rows
@@ -47,10 +46,10 @@ def leave_tick(core: Core, served: ServedModel, rows: IntArray) -> None:
     core.sessions.last_used[rows] = core.now
 
 
-def _without_resting(core: Core, served: ServedModel, rows: IntArray, kind: int) -> IntArray:
+def _without_resting(core: Core, served: ServedModel, rows: IntArray, batch: int) -> IntArray:
     """Let sessions rest whose answers are not read, or cannot leave; returns the others."""
     sessions = core.sessions
-    if kind == Kind.GENERATE and core.keeping is not None and core.keeping.trouble:
+    if batch == Batch.GENERATES and core.keeping is not None and core.keeping.trouble:
         # What these sample could not leave, and would have to wait here.
         waits = sessions.durability[rows] == Durability.SYNC
         sessions.stage[rows[waits]] = Stage.RESTING
@@ -59,7 +58,7 @@ def _without_resting(core: Core, served: ServedModel, rows: IntArray, kind: int)
         return rows
     streams = served.runs.requests.stream[served.runs.asked[sessions.next_run[rows]]]
     resting = np.isin(streams, list(core.paused_streams))
-    if kind == Kind.RUN:
+    if batch != Batch.GENERATES:
         # What an earlier holder left behind rests for nobody: the session's new holder waits for it.
         resting &= sessions.owner[rows] == streams
     sessions.stage[rows[resting]] = Stage.RESTING
@@ -79,7 +78,7 @@ def _without_late(core: Core, served: ServedModel, rows: IntArray) -> IntArray:
     return in_time
 
 
-def _within_output_bytes(core: Core, served: ServedModel, rows: IntArray) -> IntArray:
+def _within_output_bytes(core: Core, served: ServedModel, rows: IntArray, batch: int) -> IntArray:
     """As many sessions as may have outputs in one tick; the others go back to where they stood."""
     specs = served.specs
     if specs.max_row_bytes * len(rows) <= MAX_TICK_OUTPUT_BYTES:
@@ -89,5 +88,5 @@ def _within_output_bytes(core: Core, served: ServedModel, rows: IntArray) -> Int
         return rows
     number = max(1, int(np.searchsorted(row_bytes.cumsum(), MAX_TICK_OUTPUT_BYTES, side="right")))
     core.sessions.stage[rows[number:]] = Stage.READY
-    served.ready[Kind.RUN].push_front(rows[number:])
+    served.ready[batch].push_front(rows[number:])
     return rows[:number]

@@ -6,7 +6,7 @@ from cellserve_service.limits import EngineLimits
 from cellserve_service.outputs import predicts_tokens
 from cellserve_service.pace import Pace
 from cellserve_service.queues import RowQueue
-from cellserve_service.runs import Kind, RunTable
+from cellserve_service.runs import Batch, RunTable
 from cellserve_service.sessions import SessionTable
 from cellserve_service.slots import SlotMap
 from cellserve_service.specs import SpecTable
@@ -27,14 +27,14 @@ class ServedModel:
         )
         self.specs = SpecTable(self.info)
         self.slots = SlotMap(sessions, stepper, min(stepper.num_slots, limits.max_sessions))
-        # Sessions whose first unfinished run a tick can take: a queue for Kind.RUN, one for Kind.GENERATE.
-        self.ready = (RowQueue(limits.max_sessions), RowQueue(limits.max_sessions))
+        # Sessions whose first unfinished run a tick can take, by Batch.
+        self.ready = tuple(RowQueue(limits.max_sessions) for _ in (Batch.SINGLES, Batch.PARTS, Batch.GENERATES))
         self.num_in_ticks = 0  # sessions
         self.pace = Pace(stepper.efficient_batch)
 
-    def num_room(self, kind: int) -> int:
+    def num_room(self, batch: int) -> int:
         """How many sessions one more tick takes at most."""
-        most = self.pace.num_rows(len(self.ready[kind])) if kind == Kind.RUN else self.pace.num_generating
+        most = self.pace.num_rows(batch, len(self.ready[batch]))
         return min(most, self.stepper.max_batch, self.slots.num_slots - self.num_in_ticks)
 
     @property

@@ -10,7 +10,7 @@ from cellserve_service.core import Core
 from cellserve_service.pools import ragged_indices
 from cellserve_service.replay import answer_joined
 from cellserve_service.run_tick import RunTick
-from cellserve_service.runs import Kind, Status
+from cellserve_service.runs import Batch, Status
 from cellserve_service.scheduling import MAX_TICK_OUTPUT_BYTES, choose_sessions, leave_tick
 from cellserve_service.served import ServedModel
 from cellserve_service.stepping import IntArray, StepResult
@@ -19,29 +19,27 @@ from cellserve_service.stepping import IntArray, StepResult
 MAX_PART_BYTES = 65_536
 
 
-def begin_run_tick(core: Core, served: ServedModel) -> RunTick | None:
-    """Choose a batch and submit it; None when no session is ready for one."""
+def begin_run_tick(core: Core, served: ServedModel, batch: int) -> RunTick | None:
+    """Choose sessions, of SINGLES or of PARTS, and submit them; None when none is ready."""
     sessions, table, specs = core.sessions, served.runs, served.specs
-    rows = choose_sessions(core, served, Kind.RUN)
+    rows = choose_sessions(core, served, batch)
     if not len(rows):
         return None
     runs = sessions.next_run[rows]
     asked, requests = table.asked[runs], table.requests
     spec = table.spec[runs].astype(np.int64)
     done = requests.done[asked]
-    remaining = requests.num_tokens[asked] - done
+    remaining = requests.num_tokens[asked] - done  # all 1 in SINGLES
     first = requests.tokens[asked] + done
     is_alike = np.count_nonzero(spec == spec[0]) == len(spec)
-    num_singles = np.count_nonzero(remaining == 1)
-    if num_singles:
-        served.pace.note_singles(core.now)
-    ends = num_singles == len(rows)
+    ends = batch == Batch.SINGLES
     if ends:
+        served.pace.note_singles(core.now)
         counts = remaining
         tokens = requests.token_pool.rows[first]
         wants = specs.wants_last[spec]
     else:
-        counts = np.minimum(remaining, _slice_lengths(core, served, spec, remaining))
+        counts = np.minimum(remaining, _part_lengths(core, served, spec))
         tokens = requests.token_pool.rows[ragged_indices(first, counts)]
         wants = np.repeat(specs.wants_every[spec], counts)
         is_last = counts == remaining
@@ -56,6 +54,7 @@ def begin_run_tick(core: Core, served: ServedModel) -> RunTick | None:
     table.status[runs] = Status.STARTED
     return RunTick(
         served=served,
+        batch=batch,
         rows=rows,
         runs=runs,
         asked=asked,
@@ -81,14 +80,12 @@ def _count_begun(core: Core, served: ServedModel, runs: IntArray, asked: IntArra
         statistics.step_queue.observe(core.now - table.requests.accepted_at[begun])
 
 
-def _slice_lengths(core: Core, served: ServedModel, spec: IntArray, remaining: IntArray) -> IntArray:
-    """How many tokens each run of the batch may advance at most. Long runs share what single tokens leave."""
+def _part_lengths(core: Core, served: ServedModel, spec: IntArray) -> IntArray:
+    """How many tokens each run of a tick of parts may advance at most."""
     limits, specs = core.limits, served.specs
     token_bytes = np.where(specs.is_every[spec], specs.row_bytes[spec], 1)
-    num_long = int(np.count_nonzero(remaining > 1))
-    num_single = len(spec) - num_long
     in_all = min(limits.max_sliced_tick_tokens, served.pace.num_tokens(core.now))
-    fair = min(limits.max_slice_tokens, max(1, (in_all - num_single) // num_long))
+    fair = min(limits.max_slice_tokens, max(1, in_all // len(spec)))
     within_tick = MAX_TICK_OUTPUT_BYTES // (int(token_bytes.max()) * len(spec))
     most_bytes = min(limits.max_answer_bytes, MAX_PART_BYTES)
     lengths: IntArray = np.minimum(min(fair, within_tick), most_bytes // token_bytes)
@@ -116,7 +113,7 @@ def finish_run_tick(core: Core, tick: RunTick, result: StepResult) -> None:
     statistics = core.statistics.models[served.index]
     statistics.steps_run += num_tokens
     statistics.count_tick(result, core.now - tick.begun_at)
-    served.pace.took(num_tokens, result.compute_seconds)
+    served.pace.took(tick.batch, num_tokens, result.compute_seconds)
 
 
 def _finish_runs(core: Core, served: ServedModel, rows: IntArray, runs: IntArray) -> None:

@@ -146,11 +146,11 @@ def _check_model(core: Core, served: ServedModel, chained: set[int]) -> None:
     stage = np.where(of_model & sessions.is_open, sessions.stage, 0)
     assert served.num_in_ticks == np.count_nonzero(stage == Stage.IN_TICK)
     queued: list[int] = []
-    for kind, queue in enumerate(served.ready):
+    for batch, queue in enumerate(served.ready):
         places = queue._places(queue._head, queue._length)
         rows = [row for row in queue._ring[places].tolist() if row >= 0]
         assert len(rows) == len(queue)
-        assert all(runs.kind[sessions.next_run[row]] == kind for row in rows)
+        assert all(runs.batch_of(int(sessions.next_run[row])) == batch for row in rows)
         queued += rows
     assert sorted(queued) == np.flatnonzero(stage == Stage.READY).tolist()
     slots = served.slots

@@ -37,14 +37,14 @@ class _Owner:
             clock=self._clock,
         )
 
-    def open(self) -> None:
+    def open(self, session_id: str = "a") -> None:
         requests = np.array([1], np.uint64)
         self.loop.post(
             messages.OpenSessions(
                 5,
                 requests,
                 "fake",
-                ["a"],
+                [session_id],
                 OpenMode.OPEN_MODE_UNSPECIFIED,
                 Durability.DURABILITY_UNSPECIFIED,
                 None,
@@ -52,13 +52,13 @@ class _Owner:
             )
         )
 
-    def step(self, request: int, num_tokens: int) -> None:
+    def step(self, request: int, num_tokens: int, session_id: str = "a") -> None:
         self.loop.post(
             messages.SubmitRuns(
                 streams=np.array([5]),
                 requests=np.array([request], np.uint64),
                 handles=None,
-                session_ids=["a"],
+                session_ids=[session_id],
                 counts=np.array([num_tokens]),
                 tokens=np.ones(num_tokens, np.uint32),
                 vectors=None,
@@ -99,6 +99,24 @@ async def test_a_long_run_goes_on_from_turn_to_turn_and_lets_others_on_between()
         await asyncio.sleep(0)
     assert set(num_ticks_seen) >= {1, 2, 3, 4}
     assert len(owner.stepper.batches) == 5
+    owner.loop.stop()
+
+
+async def test_a_part_of_a_long_run_waits_for_nothing_behind_single_tokens() -> None:
+    owner = _Owner()
+    owner.open("a")
+    owner.open("b")
+    await owner.deliveries.get()
+    owner.step(2, 10, "a")
+    owner.step(3, 1, "b")
+    begun_at: list[int] = []  # the turn of the event loop of each tick
+    for turn in range(200):
+        begun_at += [turn] * (len(owner.stepper.batches) - len(begun_at))
+        await asyncio.sleep(0)
+    assert [batch.tolist() for batch in owner.stepper.batches] == [[1], [2], [2], [2], [2], [2]]
+    waits = np.diff(begun_at).tolist()
+    assert waits[0] == 1
+    assert min(waits[1:]) > 1
     owner.loop.stop()
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from cellserve_service.limits import EngineLimits
 from cellserve_service.outputs import At, OutputSpec
-from cellserve_service.runs import Kind
+from cellserve_service.runs import Batch
 from cellserve_service.sessions import Stage
 from tests.service.driving import UNARY, Driver, Row
 
@@ -44,7 +44,7 @@ def test_a_withdrawn_session_leaves_the_queue_and_stands_at_its_end_when_it_is_r
     a, b = driver.opened(stream, "a"), driver.opened(stream, "b")
     (request,) = driver.run(stream, Row(a, [1], 0))
     driver.run(stream, Row(b, [2], 0))
-    queue = driver.engine.core.served[0].ready[Kind.RUN]
+    queue = driver.engine.core.served[0].ready[Batch.SINGLES]
     assert len(queue) == 2
     driver.cancel(stream, request)
     assert len(queue) == 1
@@ -157,7 +157,9 @@ def test_sessions_of_a_slow_reader_rest_until_it_reads_and_others_go_on() -> Non
     (request,) = driver.run(slow, Row(a, [1, 2, 3], 0))
     driver.run(other, Row(b, [4], 0))
     driver.begin()
+    driver.begin()
     driver.pause(slow)
+    driver.finish()
     driver.finish()
     assert not driver.begin()
     assert driver.engine.core.sessions.stage[driver.plain_of("a").row] == Stage.RESTING
@@ -236,7 +238,9 @@ def test_a_slow_reader_that_goes_away_lets_go_of_its_resting_sessions() -> None:
     a, b = driver.opened(slow, "a"), driver.opened(slow, "b")
     driver.run(slow, Row(a, [1, 2], 0), Row(b, [3], 0), Row(b, [4], 1))
     driver.begin()
+    driver.begin()
     driver.pause(slow)
+    driver.finish()
     driver.finish()
     assert not driver.begin()
     export = driver.export("b")

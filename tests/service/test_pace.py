@@ -12,19 +12,21 @@ from cellserve_service.pace import (
     SLICE_TOKENS_BESIDE_SINGLES,
     Pace,
 )
+from cellserve_service.runs import Batch
 
 
 @pytest.fixture
 def pace() -> Pace:
     """Of a model whose ticks are quick, however large."""
     pace = Pace(efficient_batch=128)
-    pace.took(1000, 1e-6)
+    for batch in (Batch.SINGLES, Batch.PARTS):
+        pace.took(batch, 1000, 1e-6)
     return pace
 
 
-def taken(pace: Pace, num_ready: int) -> int:
-    number = min(num_ready, pace.num_rows(num_ready))
-    pace.num_left = num_ready - number
+def taken(pace: Pace, num_ready: int, batch: int = Batch.SINGLES) -> int:
+    number = min(num_ready, pace.num_rows(batch, num_ready))
+    pace.num_left[batch] = num_ready - number
     return number
 
 
@@ -36,21 +38,23 @@ def test_few_sessions_are_taken_together(pace: Pace) -> None:
 def test_many_are_taken_in_two_halves_whatever_was_before(pace: Pace) -> None:
     for number in (256, 4096, 1000, 256):
         assert taken(pace, number) == number // 2
-        assert taken(pace, pace.num_left) == number // 2
+        assert taken(pace, pace.num_left[Batch.SINGLES]) == number // 2
 
 
 def test_a_tick_takes_as_many_tokens_as_the_last_ones_speed_allows(pace: Pace) -> None:
-    pace.took(100, 100 * ROWS_SECONDS / 500)
+    pace.took(Batch.SINGLES, 100, 100 * ROWS_SECONDS / 500)
     assert taken(pace, 10_000) == pytest.approx(500, abs=1)
-    pace.took(100, 100 * PARTS_SECONDS / 500)
+    assert taken(pace, 10_000, Batch.PARTS) == 5_000
+    pace.took(Batch.PARTS, 100, 100 * PARTS_SECONDS / 500)
     assert pace.num_tokens(1.0) == pytest.approx(500, abs=1)
-    pace.took(10, 1.0)
+    for batch in (Batch.SINGLES, Batch.PARTS):
+        pace.took(batch, 10, 1.0)
+        assert taken(pace, 10_000, batch) == 128
     assert pace.num_tokens(1.0) == 0
-    assert taken(pace, 10_000) == 128
 
 
 def test_long_runs_take_smaller_parts_for_a_moment_after_single_tokens(pace: Pace) -> None:
-    pace.took(100, 100 * PARTS_SECONDS / 500)
+    pace.took(Batch.PARTS, 100, 100 * PARTS_SECONDS / 500)
     small = pytest.approx(500 * ROWS_SECONDS / PARTS_SECONDS, abs=1)
     pace.note_singles(1.0)
     assert pace.num_tokens(1.0) == pace.num_tokens(1.0 + SINGLES_SECONDS / 2) == small
@@ -58,8 +62,8 @@ def test_long_runs_take_smaller_parts_for_a_moment_after_single_tokens(pace: Pac
 
 
 def test_generates_take_slices_worth_a_message_of_half_a_batch(pace: Pace) -> None:
-    pace.generated(100, 100 * PARTS_SECONDS / 500)
-    assert pace.num_generating == 64
+    pace.took(Batch.GENERATES, 100, 100 * PARTS_SECONDS / 500)
+    assert taken(pace, 1000, Batch.GENERATES) == 64
     assert pace.slice_tokens(1.0, 64) == SLICE_TOKENS
     assert pace.slice_tokens(1.0, 50) == pytest.approx(10, abs=1)
     assert pace.slice_tokens(1.0, 5) == MAX_SLICE_TOKENS
@@ -77,5 +81,5 @@ def test_before_the_first_tick_its_speed_is_a_guess() -> None:
 
 def test_a_device_that_takes_all_at_once_is_given_all() -> None:
     pace = Pace(efficient_batch=4096)
-    pace.took(10, 1.0)
+    pace.took(Batch.SINGLES, 10, 1.0)
     assert taken(pace, 4000) == 4000
