@@ -125,31 +125,26 @@ class Conversation:
         """Asks for one run of each of many sessions that are ready. members: their indices in the buffer."""
         num_runs = len(ledgers)
         first_request = self._take_numbers(num_runs, deadline)
-        handles, positions, confirmed = array("Q"), array("Q"), array("Q")
-        one_answer_bytes = spec.row_bytes
-        for ledger, count in zip(ledgers, counts.tolist(), strict=True):
-            position = ledger.next_position
-            handles.append(ledger.handle or 0)
-            positions.append(position)
-            confirmed.append(ledger.position)
-            # Ledger.reserve, without the call.
-            ledger.next_position = position + count
-            ledger.num_unanswered += 1
-            ledger.unanswered_bytes += one_answer_bytes if count == 1 else spec.answer_bytes(count)
+        positions = array("Q", [ledger.next_position for ledger in ledgers])
         columns = RunColumns(
             requests=np.arange(first_request, first_request + num_runs, dtype=np.uint64),
-            handles=handles,
+            handles=array("Q", [ledger.handle or 0 for ledger in ledgers]),
             counts=counts.astype(np.uint32),
             has_long_runs=bool((counts != 1).any()),
             tokens=tokens,
             vectors=vectors,
             positions=positions,
             timeouts_milliseconds=np.full(num_runs, timeout.milliseconds, dtype=np.uint32),
-            acknowledged_positions=confirmed,
+            acknowledged_positions=array("Q", [ledger.position for ledger in ledgers]),
             outputs=spec.encoded,
         )
         command = self._outbox.add_columns(columns)
-        for ledger in ledgers:
+        one_answer_bytes = spec.row_bytes
+        for ledger, count in zip(ledgers, counts.tolist(), strict=True):
+            # Ledger.reserve, without the call.
+            ledger.next_position += count
+            ledger.num_unanswered += 1
+            ledger.unanswered_bytes += one_answer_bytes if count == 1 else spec.answer_bytes(count)
             ledger.last_command = command
         column = tokens if vectors is None else vectors
         assert column is not None
