@@ -69,11 +69,7 @@ class Conversation:
         request = self._next_request
         self._next_request = request + 1
         answer_bytes = spec.row_bytes if count == 1 else spec.answer_bytes(count)
-        # Ledger.reserve, without the call: this is the hot path.
-        position = ledger.next_position
-        ledger.next_position = position + count
-        ledger.num_unanswered += 1
-        ledger.unanswered_bytes += answer_bytes
+        position = ledger.reserve(count, answer_bytes)
         run = self._runs[request] = Run(
             request, ledger, spec, column, count, position, answer_bytes, deadline, self._loop.create_future()
         )

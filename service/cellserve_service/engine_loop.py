@@ -112,7 +112,7 @@ class EngineLoop:
         number = self._num_come
         num_idle = num_idle + 1 if number == num_before else 0
         enough = GATHERING_TURNS if self._num_lone_turns < LONE_TURNS else LONE_GATHERING_TURNS
-        if not self._gathers or num_idle >= enough or self._clock() >= until:
+        if not self._gathers or self._engine.goes_on or num_idle >= enough or self._clock() >= until:
             self._take_turn()
         else:
             self._loop.call_soon(self._gather, number, num_idle, until)
@@ -150,10 +150,7 @@ class EngineLoop:
         if events:
             self._deliver(events)
         if self._inbox or engine.has_work or self._is_checkpointing or self._is_sweeping:
-            if engine.goes_on:
-                self._gathers = False
-            elif self._turn_seconds > LONG_TURN_SECONDS:
-                self._gathers = True
+            self._gathers = self._gathers or self._turn_seconds > LONG_TURN_SECONDS
             self._ask_for_turn()
 
     def _checkpoint(self) -> None:
