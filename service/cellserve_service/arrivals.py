@@ -37,7 +37,7 @@ class Arrivals:
     @classmethod
     def of(cls, commands: Sequence[SubmitRuns], streams: IntArray, rows: IntArray) -> "Arrivals":
         """All rows of commands. rows: (n,) of the session table, of anything where the session is not known."""
-        if len(commands) == 1:
+        if len(commands) == 1:  # as most often
             one = commands[0]
             tokens: Any = one.vectors if one.tokens is None else one.tokens
             return cls(

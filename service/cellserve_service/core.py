@@ -133,7 +133,7 @@ class Core:
             kinds = served.runs.kind[sessions.next_run[rows]]
             self._queue(served, Batch.GENERATES, rows[kinds == Kind.GENERATE])
             rows = rows[kinds == Kind.RUN]
-        is_long = served.runs.requests.num_left(served.runs.asked[sessions.next_run[rows]]) > 1
+        is_long = served.runs.are_long(sessions.next_run[rows])
         if np.count_nonzero(is_long):
             self._queue(served, Batch.PARTS, rows[is_long])
             rows = rows[~is_long]

@@ -70,8 +70,7 @@ class Engine:
         self._recalling = None
         if self.keeping is not None:
             self._recalling = Recalling(self.core, self.keeping, self._closing, self._forking, room, self._handle)
-        batches = (Batch.SINGLES, Batch.PARTS, Batch.GENERATES)
-        self._turns = [(batch, model) for model in served for batch in batches]
+        self._turns = [(batch, model) for model in served for batch in Batch.ALL]
         self._turn = 0
         self._drained = False
 
@@ -187,8 +186,8 @@ class Engine:
     def begin_tick(self, now: float) -> Tick | None:
         """Submit the next batch to its stepper; None when nothing is ready. Models and batches take turns.
 
-        So single tokens, which somebody waits for, wait for one part of the longer runs at most, and have a tick to
-        themselves, which is short.
+        So single tokens, which somebody waits for, have a tick to themselves, which is short, and between two of them
+        wait for one part of the long runs and one slice of the generates at most.
         """
         self.core.now = now
         # Twice round: what one turn withdraws for being late can be what another batch has waited for.

@@ -26,9 +26,9 @@ class Pace:
 
     def __init__(self, efficient_batch: int) -> None:
         self._efficient_batch = efficient_batch
-        self.num_left = [0, 0, 0]
+        self.num_left = [0 for _ in Batch.ALL]
         self._singles_until = 0.0
-        self._seconds_a_token = [PARTS_SECONDS / FIRST_TICK_TOKENS] * 3  # by Batch
+        self._seconds_a_token = [PARTS_SECONDS / FIRST_TICK_TOKENS for _ in Batch.ALL]
 
     def note_singles(self, now: float) -> None:
         """Single tokens are stepped now, so that more of them are to be expected."""

@@ -32,6 +32,7 @@ class Batch:
     SINGLES: Final = 0  # their runs have one token left
     PARTS: Final = 1  # theirs have more, of which the tick takes a part
     GENERATES: Final = 2
+    ALL: Final = (SINGLES, PARTS, GENERATES)
 
 
 class Status:
@@ -122,7 +123,11 @@ class RunTable(Table):
         """The batch that an unfinished run waits for; it is no operation."""
         if self.kind[run] == Kind.GENERATE:
             return Batch.GENERATES
-        return Batch.SINGLES if self.requests.num_left(self.asked[run]) == 1 else Batch.PARTS
+        return Batch.PARTS if self.are_long(np.array([run]))[0] else Batch.SINGLES
+
+    def are_long(self, runs: IntArray) -> NDArray[np.bool_]:
+        """Which runs, unfinished ones of Kind.RUN, have more than one token left."""
+        return self.requests.num_left(self.asked[runs]) > 1
 
     def request_of(self, run: int) -> tuple[int, int]:
         """Stream and number of the request for an unfinished run."""

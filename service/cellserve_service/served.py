@@ -28,7 +28,7 @@ class ServedModel:
         self.specs = SpecTable(self.info)
         self.slots = SlotMap(sessions, stepper, min(stepper.num_slots, limits.max_sessions))
         # Sessions whose first unfinished run a tick can take, by Batch.
-        self.ready = tuple(RowQueue(limits.max_sessions) for _ in (Batch.SINGLES, Batch.PARTS, Batch.GENERATES))
+        self.ready = tuple(RowQueue(limits.max_sessions) for _ in Batch.ALL)
         self.num_in_ticks = 0  # sessions
         self.pace = Pace(stepper.efficient_batch)
 

@@ -29,7 +29,7 @@ def begin_run_tick(core: Core, served: ServedModel, batch: int) -> RunTick | Non
     asked, requests = table.asked[runs], table.requests
     spec = table.spec[runs].astype(np.int64)
     done = requests.done[asked]
-    remaining = requests.num_tokens[asked] - done  # all 1 in SINGLES
+    remaining = requests.num_left(asked)  # all 1 in SINGLES
     first = requests.tokens[asked] + done
     is_alike = np.count_nonzero(spec == spec[0]) == len(spec)
     ends = batch == Batch.SINGLES
